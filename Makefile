@@ -1,0 +1,56 @@
+# Every target works first thing in a fresh clone: `setup` makes .venv, the others stand on it.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+PROFILE ?= cpu
+# An environment in which torch may be a CUDA build already: make setup EXTRAS=dev PYTHON=/path/to/python
+EXTRAS ?= dev
+FAST := not ray and not browser and not slow and not gpu
+
+.PHONY: setup demo up test check format bench train-tiny eval-tiny text-encoder clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
+	@touch $@
+
+demo: setup
+	$(BIN)/gesso demo
+
+up: setup
+	$(BIN)/gesso up
+
+test: setup
+	$(BIN)/pytest
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec compose.yaml
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/pytest -q -m "$(FAST)"
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: setup
+	$(BIN)/python bench/dc_ae.py
+	$(BIN)/python bench/sana.py
+	$(BIN)/python bench/fabric.py
+	$(BIN)/python bench/embedded.py
+
+train-tiny: setup
+	$(BIN)/python -m gesso_core.train all --profile $(PROFILE)
+
+eval-tiny: setup
+	$(BIN)/python -m gesso_core.evaluate
+
+text-encoder: setup
+	$(BIN)/python -m gesso_core.text.build_smollm2
+
+clean:
+	rm -rf .venv runs outputs .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,76 @@
+"""The house keeps its shape: arrows between packages, no stray packages, no unsafe loads."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ROOMS = {
+    "contracts": set(),
+    "kernels": set(),
+    "core": {"gesso_kernels"},
+    "services": {"gesso_contracts", "gesso_kernels", "gesso_core"},
+}
+
+
+def imported_modules(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            yield node.module
+
+
+def sources(room: str) -> list[Path]:
+    return sorted((ROOT / room / f"gesso_{room}").rglob("*.py"))
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_flow_downhill(room: str) -> None:
+    allowed = ROOMS[room] | {f"gesso_{room}"}
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in sources(room)
+        for name in imported_modules(path)
+        if name.startswith("gesso_") and name.split(".")[0] not in allowed
+    ]
+    assert wrong == []
+
+
+def test_contracts_need_pydantic_only() -> None:
+    third_party = {
+        name.split(".")[0] for path in sources("contracts") for name in imported_modules(path)
+    } & {"torch", "numpy", "nats", "ray", "fastapi", "safetensors", "PIL", "transformers"}
+    assert third_party == set()
+
+
+@pytest.mark.parametrize("folder", [*ROOMS, "tests", "bench", "docs", "deploy"])
+def test_top_folders_are_not_packages(folder: str) -> None:
+    assert not (ROOT / folder / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_source_file_starts_with_a_docstring(room: str) -> None:
+    silent = [
+        str(path.relative_to(ROOT))
+        for path in sources(room)
+        if path.read_text().strip() and not ast.get_docstring(ast.parse(path.read_text()))
+    ]
+    assert silent == []
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_source_file_is_longer_than_400_lines(room: str) -> None:
+    long = [str(p.relative_to(ROOT)) for p in sources(room) if len(p.read_text().splitlines()) > 400]
+    assert long == []
+
+
+def test_weights_are_never_unpickled_without_the_safe_mode() -> None:
+    for room in ROOMS:
+        for path in sources(room):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                    keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
+                    assert keywords.get("weights_only") == "True", path
