@@ -4,18 +4,21 @@ GessoError
 ├── InvalidRequest        422  a field of a request is not allowed
 │   └── UnreadableImage   422  the bytes are not a picture that may be opened
 ├── UnknownModel          404  no such model
+├── NotFound              404  no such job, or a blob that has expired
+├── Conflict              409  the id is taken by another request
 ├── ConfigError           422  a model configuration contradicts itself
 ├── WeightsError          422  a weight file is missing, truncated or does not fit the model
 │   └── UnsafeFile        422  a pickle, or a path that leaves its folder
 ├── NumericalError        500  NaN or infinity where numbers were due
 ├── OutOfMemory           507  the work does not fit; says what would
 ├── Unavailable           503  a part that the work needs does not answer
+│   └── Overloaded        503  too much work is waiting already
 └── Cancelled             499  the job was withdrawn
 
 A message says what was given, what is possible, and what to do next. ``assert`` is for our own invariants.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class GessoError(Exception):
@@ -47,9 +50,24 @@ class UnknownModel(GessoError):
 
     status, code = 404, "unknown_model"
 
-    def __init__(self, name: str, known: Iterable[str]) -> None:
+    def __init__(self, name: str, known: Iterable[str], similar: Sequence[str] = ()) -> None:
         available = ", ".join(sorted(known))
-        super().__init__(f"unknown model {name!r}; available: {available}", field="model")
+        hint = f"; did you mean {' or '.join(map(repr, similar))}?" if similar else ""
+        super().__init__(
+            f"unknown model {name[:80]!r}; available: {available}{hint}", field="model"
+        )
+
+
+class NotFound(GessoError):
+    """A job or a blob that does not exist, or no longer."""
+
+    status, code = 404, "not_found"
+
+
+class Conflict(GessoError):
+    """An id that is already taken by another request."""
+
+    status, code = 409, "conflict"
 
 
 class ConfigError(GessoError):
@@ -86,6 +104,12 @@ class Unavailable(GessoError):
     """A service that the work needs does not answer."""
 
     status, code = 503, "unavailable"
+
+
+class Overloaded(Unavailable):
+    """A service whose queue is full; trying again later helps."""
+
+    code = "overloaded"
 
 
 class Cancelled(GessoError):

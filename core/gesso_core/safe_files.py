@@ -1,0 +1,119 @@
+"""Opening files that a stranger may have written: names stay in their folder, pickles stay shut."""
+
+import json
+from pathlib import Path, PurePosixPath
+from typing import Any, Final
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gesso_core.errors import UnsafeFile, WeightsError
+
+MAX_HEADER_BYTES: Final = 100_000_000
+PICKLE_STARTS: Final = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+PICKLE_SUFFIXES: Final = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
+POINTER_START: Final = b"version https://git-lfs"
+
+
+def inside(folder: Path, name: str) -> Path:
+    """``folder / name``, refusing every name that leads out of the folder.
+
+    Raises:
+        UnsafeFile: an absolute name, ``..``, a NUL or a backslash, or a symbolic link that leaves.
+    """
+    pure = PurePosixPath(name)
+    if not name or "\0" in name or "\\" in name or pure.is_absolute() or ".." in pure.parts:
+        raise UnsafeFile(
+            f"{name[:200]!r} is not a file name inside {folder}; "
+            "names must be relative and must not contain '..'"
+        )
+    path = folder / pure
+    if not path.resolve().is_relative_to(_allowed_root(folder)):
+        raise UnsafeFile(
+            f"{path} is a link to {path.resolve()}, outside its folder; replace it with the file"
+        )
+    return path
+
+
+def _allowed_root(folder: Path) -> Path:
+    """The folder; in the cache of huggingface_hub, whose snapshots are links, the repository's."""
+    folder = folder.resolve()
+    for parent in (folder, *folder.parents):
+        if parent.name == "snapshots" and parent.parent.name.startswith("models--"):
+            return parent.parent
+    return folder
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        WeightsError: the file is missing, or is not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise WeightsError(
+            f"{path.name} is missing in {path.parent}; expected a folder in the diffusers layout"
+        ) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{path} is not valid JSON ({error}); download it again") from error
+    if not isinstance(value, dict):
+        raise WeightsError(f"{path} holds a {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file: per tensor dtype, shape and offsets, and ``__metadata__``.
+
+    Raises:
+        UnsafeFile: the bytes are a pickle, whatever the name says.
+        WeightsError: the file is missing, truncated, or something else altogether.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(32)
+            _refuse_other_kinds(path, prefix)
+            length = int.from_bytes(prefix[:8], "little")
+            if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+                raise WeightsError(_broken(path, f"a header of {length} bytes in {size} bytes"))
+            file.seek(8)
+            header = json.loads(file.read(length))
+            tensors = {k: v for k, v in header.items() if k != "__metadata__"}
+            end = max((int(v["data_offsets"][1]) for v in tensors.values()), default=0)
+    except FileNotFoundError as error:
+        raise WeightsError(
+            f"{path} is missing; pull the model again, or check the folder"
+        ) from error
+    except OSError as error:
+        raise WeightsError(f"cannot read {path}: {error}") from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise WeightsError(_broken(path, f"no readable header ({error})")) from error
+    if size != 8 + length + end:
+        raise WeightsError(_broken(path, f"{size} bytes instead of {8 + length + end}"))
+    return dict(header)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file, exactly as stored; raises like `read_header`."""
+    read_header(path)
+    try:
+        with safe_open(path, framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(_broken(path, str(error))) from error
+
+
+def _refuse_other_kinds(path: Path, prefix: bytes) -> None:
+    if prefix.startswith(PICKLE_STARTS) or path.suffix in PICKLE_SUFFIXES:
+        raise UnsafeFile(
+            f"{path} is a pickle, which can run code when opened; gesso reads safetensors only. "
+            f"Convert it once: gesso models convert {path.name} {path.stem}.safetensors"
+        )
+    if prefix.startswith(POINTER_START):
+        raise WeightsError(f"{path} is a git-lfs pointer, not the weights; fetch it: git lfs pull")
+
+
+def _broken(path: Path, what: str) -> str:
+    return f"{path} is not a complete safetensors file: {what}; download it again"

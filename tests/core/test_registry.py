@@ -1,0 +1,61 @@
+"""The models that gesso knows by name."""
+
+import pytest
+from gesso_core.errors import UnknownModel
+from gesso_core.models.dc_ae_variants import DC_AE_CONFIGS
+from gesso_core.models.sana_config import SANA_CONFIGS
+from gesso_core.registry import MODELS, ModelEntry, find
+from gesso_core.sampling import SAMPLERS
+from gesso_core.sampling.aspect_ratio import aspect_table
+
+TEXT_TO_IMAGE = [entry for entry in MODELS.values() if entry.task == "text-to-image"]
+
+
+def by_name(entry: ModelEntry) -> str:
+    return entry.name
+
+
+def test_every_published_and_every_shipped_model_is_there() -> None:
+    sana = ["0.6b-512", "0.6b-1024", "1.6b-512", "1.6b-1024", "1.6b-2k", "1.6b-4k"]
+    sana += ["1.5-1.6b", "1.5-4.8b", "sprint-0.6b", "sprint-1.6b"]
+    families = ["f32c32-in", "f32c32-mix", "f64c128-in", "f64c128-mix", "f128c512-in"]
+    families += ["f128c512-mix", "f32c32-sana"]
+    names = {f"sana-{name}" for name in sana} | {f"dc-ae-{name}-1.0" for name in families}
+    names |= {"dc-ae-f32c32-sana-1.1", "gemma-2-2b-it"}
+    names |= {"sana-tiny", "dcae-tiny", "smollm2-l6"}
+    assert names <= MODELS.keys()
+
+
+@pytest.mark.parametrize("entry", MODELS.values(), ids=by_name)
+def test_an_entry_is_shipped_or_has_a_repository(entry: ModelEntry) -> None:
+    assert MODELS[entry.name] is entry
+    assert (entry.shipped is None) != (entry.repo is None)
+    assert entry.summary
+
+
+@pytest.mark.parametrize("entry", TEXT_TO_IMAGE, ids=by_name)
+def test_a_text_to_image_model_fits_its_parts(entry: ModelEntry) -> None:
+    config = SANA_CONFIGS[entry.config]
+    autoencoder = DC_AE_CONFIGS[MODELS[entry.autoencoder].config]
+    assert MODELS[entry.text_encoder].task == "text-encoder"
+    assert config.in_channels == autoencoder.latent_channels
+    assert entry.sampler in SAMPLERS
+    assert config.guidance_embedding == (entry.sampler == "scm")
+    size = config.sample_size * autoencoder.spatial_compression_ratio
+    assert entry.native_size == size
+    if entry.aspect_bins is not None:
+        assert aspect_table(entry.aspect_bins)
+
+
+def test_every_autoencoder_has_a_configuration() -> None:
+    autoencoders = [entry for entry in MODELS.values() if entry.task == "autoencoder"]
+    assert {entry.config for entry in autoencoders} == DC_AE_CONFIGS.keys()
+
+
+def test_a_misspelt_name_is_answered_with_the_nearest() -> None:
+    with pytest.raises(UnknownModel, match=r"'sana-tyni'; available: .*did you mean 'sana-tiny'"):
+        find("sana-tyni")
+    with pytest.raises(UnknownModel) as caught:
+        find("../../etc/passwd" * 1000)
+    assert len(caught.value.message) < 1000
+    assert "did you mean" not in caught.value.message
