@@ -1,0 +1,85 @@
+"""What travels between the parts of gesso: subjects, headers, messages, errors, blob references.
+
+Pydantic only; nothing of the other packages is imported here.
+"""
+
+from gesso_contracts.base import JobId, Message, Sha256, Token
+from gesso_contracts.blobs import SAFETENSORS, BlobRef, Inline, Payload
+from gesso_contracts.codec import ContractError, decode, encode, parse
+from gesso_contracts.jobs import (
+    TRANSITIONS,
+    CancelJob,
+    DeadLetter,
+    Job,
+    JobEvent,
+    JobList,
+    JobPreview,
+    JobProgress,
+    JobState,
+    JobStateChanged,
+    JobStatus,
+)
+from gesso_contracts.messages import (
+    AskMetrics,
+    AskReady,
+    DecodeLatent,
+    EmbedText,
+    EncodeImage,
+    GenerateImage,
+    ImageEncoded,
+    ImageFormat,
+    ImageReady,
+    LatentDecoded,
+    MetricsText,
+    Provenance,
+    Reconstruct,
+    Reconstructed,
+    SamplerName,
+    ServiceReady,
+    TextEmbedded,
+)
+from gesso_contracts.problem import Problem
+
+__all__ = [
+    "SAFETENSORS",
+    "TRANSITIONS",
+    "AskMetrics",
+    "AskReady",
+    "BlobRef",
+    "CancelJob",
+    "ContractError",
+    "DeadLetter",
+    "DecodeLatent",
+    "EmbedText",
+    "EncodeImage",
+    "GenerateImage",
+    "ImageEncoded",
+    "ImageFormat",
+    "ImageReady",
+    "Inline",
+    "Job",
+    "JobEvent",
+    "JobId",
+    "JobList",
+    "JobPreview",
+    "JobProgress",
+    "JobState",
+    "JobStateChanged",
+    "JobStatus",
+    "LatentDecoded",
+    "Message",
+    "MetricsText",
+    "Payload",
+    "Problem",
+    "Provenance",
+    "Reconstruct",
+    "Reconstructed",
+    "SamplerName",
+    "ServiceReady",
+    "Sha256",
+    "TextEmbedded",
+    "Token",
+    "decode",
+    "encode",
+    "parse",
+]

@@ -1,0 +1,77 @@
+"""The base of all messages and the few shared field types."""
+
+import base64
+import binascii
+from typing import Annotated, Any, ClassVar
+
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    StringConstraints,
+    WithJsonSchema,
+)
+
+from gesso_contracts import limits
+
+TOKEN_PATTERN = r"^[a-z0-9][a-z0-9-]{0,63}$"
+
+
+class Message(BaseModel):
+    """Base of everything that travels: immutable, and a field it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    version: ClassVar[int] = 1
+
+    @classmethod
+    def schema_name(cls) -> str:
+        """Name and version as the ``Schema`` header carries them: ``GenerateImage/1``."""
+        return f"{cls.__name__}/{cls.version}"
+
+
+def _bytes_from_base64(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return base64.b64decode(value, validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"not base64: {error}") from error
+
+
+def _base64_from_bytes(value: bytes) -> str:
+    return base64.b64encode(value).decode("ascii")
+
+
+Base64 = Annotated[
+    bytes,
+    BeforeValidator(_bytes_from_base64),
+    PlainSerializer(_base64_from_bytes, return_type=str, when_used="json"),
+    WithJsonSchema({"type": "string", "contentEncoding": "base64"}),
+]
+"""Bytes in Python, standard base64 text in JSON."""
+
+Token = Annotated[str, StringConstraints(pattern=TOKEN_PATTERN)]
+"""One token of a subject: lower case letters, digits and dashes, at most 64."""
+
+JobId = Token
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+ModelName = Annotated[
+    str,
+    StringConstraints(
+        min_length=1,
+        max_length=limits.MODEL_NAME_CHARS,
+        pattern=r"^[A-Za-z0-9]+([._/-][A-Za-z0-9]+)*$",
+    ),
+]
+MediaType = Annotated[str, StringConstraints(pattern=r"^[a-z]+/[a-z0-9.+-]+$", max_length=100)]
+Side = Annotated[
+    int, Field(ge=limits.MIN_SIDE, le=limits.MAX_SIDE, multiple_of=limits.SIDE_MULTIPLE)
+]
+Prompt = Annotated[
+    str, StringConstraints(min_length=1, max_length=limits.PROMPT_CHARS, pattern=r"\S")
+]
+Timestamp = AwareDatetime

@@ -1,0 +1,36 @@
+"""Every limit of what travels; the message types carry them into the generated documents."""
+
+from typing import Final
+
+KIB: Final = 1024
+MIB: Final = 1024 * KIB
+
+# Bytes. The broker refuses anything larger than its own `max_payload`; inline bytes travel as
+# base64 (4/3 of their size), so the RPC limit leaves room for that and for the other fields.
+BROKER_MAX_PAYLOAD: Final = 8 * MIB
+INLINE_RPC_BYTES: Final = 5 * MIB
+INLINE_JOB_BYTES: Final = 1 * MIB
+JOB_MESSAGE_BYTES: Final = 3 * MIB // 2
+PREVIEW_BYTES: Final = 256 * KIB
+BLOB_BYTES: Final = 512 * MIB
+BLOB_CHUNK_BYTES: Final = 1 * MIB
+
+# Text.
+PROMPT_CHARS: Final = 4000
+MODEL_NAME_CHARS: Final = 128
+TOKEN_CHARS: Final = 64
+DETAIL_CHARS: Final = 4000
+PROMPTS_PER_CALL: Final = 64
+
+# Pictures, pixels.
+MIN_SIDE: Final = 32
+MAX_SIDE: Final = 4096
+SIDE_MULTIPLE: Final = 32
+
+# Denoising.
+MAX_STEPS: Final = 100
+MAX_GUIDANCE: Final = 30.0
+SEED_LIMIT: Final = 2**63
+
+# Jobs.
+MAX_LIST: Final = 200

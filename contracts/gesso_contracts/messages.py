@@ -1,0 +1,149 @@
+"""Requests and answers of the services. A request is an imperative, an answer a past participle.
+
+Tensors are safetensors bytes; pictures are PNG, JPEG or WebP bytes. Sides are pixels.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints
+
+from gesso_contracts import limits
+from gesso_contracts.base import Message, ModelName, Prompt, Sha256, Side, Token
+from gesso_contracts.blobs import BlobRef, Payload
+
+ImageFormat = Literal["png", "jpeg", "webp"]
+SamplerName = Literal["flow-dpm-solver", "flow-euler", "scm"]
+
+
+class GenerateImage(Message):
+    """Text in, one picture out. What is ``None`` takes the model's own default."""
+
+    model: ModelName
+    prompt: Prompt
+    negative_prompt: Annotated[str, StringConstraints(max_length=limits.PROMPT_CHARS)] = ""
+    width: Side
+    height: Side
+    seed: int = Field(ge=0, lt=limits.SEED_LIMIT)
+    steps: int | None = Field(default=None, ge=1, le=limits.MAX_STEPS)
+    guidance_scale: float | None = Field(
+        default=None, ge=0, le=limits.MAX_GUIDANCE, allow_inf_nan=False
+    )
+    sampler: SamplerName | None = None
+    output_format: ImageFormat = "png"
+    preview_every: int = Field(
+        default=0, ge=0, le=limits.MAX_STEPS, description="steps; 0 for no preview"
+    )
+
+
+class Provenance(Message):
+    """What made a picture; enough to make it again."""
+
+    model: ModelName
+    revision: str
+    weights_sha256: Sha256
+    sampler: SamplerName
+    steps: int = Field(ge=1)
+    guidance_scale: float
+    quantization: str = "none"
+    versions: dict[str, str] = Field(default_factory=dict)
+    in_domain: bool | None = Field(
+        default=None, description="does the model know what the prompt names?"
+    )
+    suggestions: list[str] = Field(default_factory=list)
+
+
+class ImageReady(Message):
+    """A finished picture."""
+
+    image: BlobRef
+    width: int = Field(ge=1)
+    height: int = Field(ge=1)
+    seed: int = Field(ge=0, lt=limits.SEED_LIMIT)
+    provenance: Provenance
+
+
+class EncodeImage(Message):
+    """Picture in, latent out."""
+
+    model: ModelName
+    image: Payload
+
+
+class ImageEncoded(Message):
+    """``latent``: tensor ``latent`` of shape C, H/f, W/f."""
+
+    latent: Payload
+
+
+class DecodeLatent(Message):
+    """Latent in, picture out; with ``height`` and ``width`` the picture is cropped to that size."""
+
+    model: ModelName
+    latent: Payload
+    height: int | None = Field(default=None, ge=1, le=limits.MAX_SIDE)
+    width: int | None = Field(default=None, ge=1, le=limits.MAX_SIDE)
+    output_format: ImageFormat = "png"
+
+
+class LatentDecoded(Message):
+    """The picture of a latent."""
+
+    image: Payload
+    width: int = Field(ge=1)
+    height: int = Field(ge=1)
+
+
+class Reconstruct(Message):
+    """A picture through encoder and decoder, measured against itself."""
+
+    model: ModelName
+    image: Payload
+    output_format: ImageFormat = "png"
+
+
+class Reconstructed(Message):
+    """The round trip and its quality; PSNR of identical pictures is reported as 100 dB."""
+
+    image: Payload
+    width: int = Field(ge=1)
+    height: int = Field(ge=1)
+    psnr_db: float = Field(le=100, allow_inf_nan=False)
+    ssim: float = Field(ge=-1, le=1, allow_inf_nan=False)
+
+
+class EmbedText(Message):
+    """Prompts in, states of the text encoder out."""
+
+    model: ModelName
+    prompts: list[Prompt] = Field(min_length=1, max_length=limits.PROMPTS_PER_CALL)
+
+
+class TextEmbedded(Message):
+    """``states``: tensors ``states`` (B, L, C) and ``mask`` (B, L)."""
+
+    states: Payload
+
+
+class AskReady(Message):
+    """Are you ready to work?"""
+
+
+class ServiceReady(Message):
+    """One replica's answer; it answers only after a real request went through its handler."""
+
+    service: Token
+    instance: str = Field(max_length=100)
+    ready: bool
+    models: list[str] = Field(default_factory=list)
+    slots: int = Field(ge=0, description="jobs that may run at once")
+    running: int = Field(ge=0, description="jobs that run now")
+
+
+class AskMetrics(Message):
+    """Give me your Prometheus metrics."""
+
+
+class MetricsText(Message):
+    """Metrics of one replica in the Prometheus text format."""
+
+    text: str

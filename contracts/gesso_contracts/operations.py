@@ -1,0 +1,60 @@
+"""Who can be asked what: every call and every kind of job, with the message in and the message out.
+
+Services register their handlers against this table, and the AsyncAPI document is made from it.
+"""
+
+from dataclasses import dataclass
+
+from gesso_contracts import messages as m
+from gesso_contracts.base import Message
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operation:
+    """``request`` in, ``reply`` out; ``summary`` is one line for the documents."""
+
+    request: type[Message]
+    reply: type[Message]
+    summary: str
+
+
+READY = Operation(request=m.AskReady, reply=m.ServiceReady, summary="Has a warm-up gone through?")
+METRICS = Operation(request=m.AskMetrics, reply=m.MetricsText, summary="Prometheus metrics.")
+
+RPC: dict[str, dict[str, Operation]] = {
+    "autoencoder": {
+        "encode": Operation(
+            request=m.EncodeImage, reply=m.ImageEncoded, summary="Picture to latent."
+        ),
+        "decode": Operation(
+            request=m.DecodeLatent, reply=m.LatentDecoded, summary="Latent to picture."
+        ),
+        "reconstruct": Operation(
+            request=m.Reconstruct, reply=m.Reconstructed, summary="Round trip with PSNR and SSIM."
+        ),
+        "ready": READY,
+        "metrics": METRICS,
+    },
+    "diffusion": {
+        "embed-text": Operation(
+            request=m.EmbedText, reply=m.TextEmbedded, summary="States of the text encoder."
+        ),
+        "ready": READY,
+        "metrics": METRICS,
+    },
+}
+
+JOBS: dict[str, dict[str, Operation]] = {
+    "autoencoder": {
+        "reconstruct": Operation(
+            request=m.Reconstruct, reply=m.Reconstructed, summary="A round trip as a job."
+        ),
+    },
+    "diffusion": {
+        "generate-image": Operation(
+            request=m.GenerateImage, reply=m.ImageReady, summary="Text to picture."
+        ),
+    },
+}
+
+SERVICES: tuple[str, ...] = tuple(RPC)

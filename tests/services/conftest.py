@@ -1,0 +1,137 @@
+"""A real broker for every test that asks for one, with the shipped nats.conf and short times."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from gesso_services.runtime.connection import Bus
+from gesso_services.runtime.jobs import JobStore
+from gesso_services.runtime.nats_server import NatsServer
+from gesso_services.runtime.provision import provision
+from gesso_services.runtime.service import ServiceHost
+from gesso_services.runtime.settings import JobSettings, Role
+
+TOY_FILE = Path(__file__).with_name("toy_service.py")
+
+# Short enough for tests; the variables reach workers that run as processes of their own.
+SHORT_TIMES = {
+    "ack_wait_s": 1.0,
+    "retry_delay_s": 0.1,
+    "fetch_expires_s": 1.0,
+    "stop_grace_s": 1.0,
+    "save_progress_every_s": 0.0,
+}
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+def job_settings() -> JobSettings:
+    return JobSettings(**SHORT_TIMES)
+
+
+@pytest.fixture
+def nats_server(tmp_path: Path) -> Iterator[NatsServer]:
+    """A running nats-server on free ports, with random passwords and nothing in it."""
+    server = NatsServer(tmp_path / "nats")
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+async def connect(nats_server: NatsServer) -> AsyncIterator[Callable[[Role], Awaitable[Bus]]]:
+    """Connect to the broker in a role; closed when the test is over."""
+    async with AsyncExitStack() as opened:
+
+        async def open_bus(role: Role) -> Bus:
+            bus = await Bus.connect(role, nats_server.bus_settings())
+            opened.push_async_callback(bus.close)
+            return bus
+
+        yield open_bus
+
+
+@pytest.fixture
+async def broker(
+    nats_server: NatsServer,
+    connect: Callable[[Role], Awaitable[Bus]],
+    job_settings: JobSettings,
+) -> NatsServer:
+    """A broker with streams, buckets and consumers in place."""
+    await provision(await connect("admin"), job_settings)
+    return nats_server
+
+
+@pytest.fixture
+async def gateway(broker: NatsServer, connect: Callable[[Role], Awaitable[Bus]]) -> Bus:
+    """The bus as the gateway sees it."""
+    return await connect("gateway")
+
+
+@pytest.fixture
+async def store(gateway: Bus) -> JobStore:
+    """The book of jobs as the gateway sees it."""
+    return await JobStore.open(gateway)
+
+
+@pytest.fixture
+def toy() -> ModuleType:
+    """The toy service: a diffusion service that adds numbers, one per step."""
+    if "toy_service" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("toy_service", TOY_FILE)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["toy_service"] = module
+        spec.loader.exec_module(module)
+    return sys.modules["toy_service"]
+
+
+@pytest.fixture
+async def start_toy(
+    broker: NatsServer, toy: ModuleType, job_settings: JobSettings
+) -> AsyncIterator[Callable[..., Awaitable[ServiceHost]]]:
+    """Start a replica of the toy service in this process; stopped when the test is over."""
+    async with AsyncExitStack() as running:
+
+        async def start(**settings: object) -> ServiceHost:
+            host = ServiceHost(
+                toy.build_service(**settings),
+                bus_settings=broker.bus_settings(),
+                job_settings=job_settings,
+            )
+            await host.start()
+            running.push_async_callback(host.stop, 0.2)
+            return host
+
+        yield start
+
+
+@pytest.fixture
+def start_toy_process(
+    broker: NatsServer,
+) -> Iterator[Callable[[], "subprocess.Popen[bytes]"]]:
+    """Start a replica of the toy service as a process that can be killed."""
+    children: list[subprocess.Popen[bytes]] = []
+    times = {f"GESSO_JOB_{key.upper()}": str(value) for key, value in SHORT_TIMES.items()}
+
+    def start() -> "subprocess.Popen[bytes]":
+        environment = {**os.environ, **broker.environment(), **times}
+        child = subprocess.Popen([sys.executable, str(TOY_FILE)], env=environment)
+        children.append(child)
+        return child
+
+    yield start
+    for child in children:
+        child.kill()
+        child.wait()
