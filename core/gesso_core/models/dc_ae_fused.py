@@ -15,7 +15,9 @@ On other devices, and for number formats oneDNN has no kernels for, only the fir
 
 # B batch   C channels   H height   W width   N pixels (H·W)   D head dimension   G heads
 
+from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +38,7 @@ from gesso_core.models.dc_ae_blocks import (
     channel_average,
     channel_duplicate,
 )
-from gesso_core.models.dc_ae_fused_conv import PackedConv, fast_conv, has_kernels
+from gesso_core.models.dc_ae_fused_conv import fast_conv, has_kernels
 
 _PHASES = tuple(product((0, 1), (0, 1)))  # (row, column) of a pixel in its 2×2 block
 
@@ -48,12 +50,12 @@ def fuse_for_inference(model: DCAE) -> DCAE:
     a DC-AE, and it cannot be moved to another device or number format: fuse last.
     """
     model.eval().requires_grad_(False)
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     fold_batch_norms(model)
     weight = model.encoder.project_out.weight
     if weight.device.type == "cpu" and has_kernels(weight.dtype):
         _replace_blocks(model)
-    return model
+        return model
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def fold_batch_norms(model: nn.Module) -> None:
@@ -80,7 +82,9 @@ def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
 
 
 def _replace_blocks(module: nn.Module) -> None:
-    for name, child in module.named_children():
+    # Names first: the iterator would keep every replaced block, and its weights, alive.
+    for name in [name for name, _ in module.named_children()]:
+        child = module.get_submodule(name)
         fused = _fused(child)
         if fused is None:
             _replace_blocks(child)
@@ -90,25 +94,9 @@ def _replace_blocks(module: nn.Module) -> None:
 
 def _fused(module: nn.Module) -> nn.Module | None:
     """The inference form of a block; None for a container."""
-    match module:
-        case ResBlock():
-            return FusedResBlock(module)
-        case EfficientViTBlock():
-            return nn.Sequential(
-                FusedLiteMLA(module.attention), FusedGLUMBConv(module.feed_forward)
-            )
-        case Downsample():
-            return FusedDownsample(module)
-        case Upsample():
-            return FusedUpsample(module)
-        case nn.Conv2d():
-            return fast_conv(module)
-        case RMSNorm2d():
-            return FusedRMSNorm2d(module)
-        case nn.ReLU():
-            return nn.ReLU(inplace=True)
-        case nn.SiLU():
-            return nn.SiLU(inplace=True)
+    for kind, build in _INFERENCE_FORMS.items():
+        if isinstance(module, kind):
+            return build(module)
     return None
 
 
@@ -160,9 +148,9 @@ class FusedGLUMBConv(nn.Module):
 
     def __init__(self, block: GLUMBConv) -> None:
         super().__init__()
-        self.expand = PackedConv(block.expand, "silu")
-        self.depthwise = PackedConv(block.depthwise)
-        self.project = PackedConv(block.project)
+        self.expand = fast_conv(block.expand, "silu")
+        self.depthwise = fast_conv(block.depthwise)
+        self.project = fast_conv(block.project)
         self.norm = FusedRMSNorm2d(block.norm)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -178,12 +166,12 @@ class FusedLiteMLA(nn.Module):
     def __init__(self, block: LiteMLA) -> None:
         super().__init__()
         self.head_dim = block.head_dim
-        self.qkv = PackedConv(block.qkv)
+        self.qkv = fast_conv(block.qkv)
         self.scales = nn.ModuleList(
-            nn.Sequential(PackedConv(scale.depthwise), PackedConv(scale.mix))
+            nn.Sequential(fast_conv(scale.depthwise), fast_conv(scale.mix))
             for scale in block.scales
         )
-        self.project = PackedConv(block.project)
+        self.project = fast_conv(block.project)
         self.norm = _fused_norm(block.norm)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -279,3 +267,23 @@ def _at_low(conv: nn.Conv2d) -> nn.Conv2d:
     low.weight = nn.Parameter(phases, requires_grad=False)
     low.bias = nn.Parameter(conv.bias.repeat(4), requires_grad=False)
     return low
+
+
+def _fused_efficient_vit(block: EfficientViTBlock) -> nn.Module:
+    return nn.Sequential(FusedLiteMLA(block.attention), FusedGLUMBConv(block.feed_forward))
+
+
+def _in_place(activation: nn.ReLU | nn.SiLU) -> nn.Module:
+    return type(activation)(inplace=True)
+
+
+_INFERENCE_FORMS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
+    ResBlock: FusedResBlock,
+    EfficientViTBlock: _fused_efficient_vit,
+    Downsample: FusedDownsample,
+    Upsample: FusedUpsample,
+    nn.Conv2d: fast_conv,
+    RMSNorm2d: FusedRMSNorm2d,
+    nn.ReLU: _in_place,
+    nn.SiLU: _in_place,
+}

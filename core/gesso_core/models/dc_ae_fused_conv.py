@@ -18,7 +18,7 @@ _ONEDNN = {"none": "none", "relu": "relu", "silu": "swish"}
 # Winograd pays from here on (measured): channels that make its matrix products efficient, weights
 # that are small next to the image.
 _WINOGRAD_MIN_CHANNELS = 256
-_WINOGRAD_MAX_CHANNELS = 1024
+_WINOGRAD_MAX_WEIGHTS = 512 * 1024
 _WINOGRAD_MIN_PIXELS = 32 * 32
 
 
@@ -33,16 +33,22 @@ def has_kernels(dtype: torch.dtype) -> bool:
 
 def fast_conv(conv: nn.Conv2d, activation: ActivationName = "none") -> nn.Module:
     """The convolution followed by the activation, in whichever form suits its shape."""
-    is_plain_3x3 = conv.kernel_size == (3, 3) and conv.stride == (1, 1) and conv.groups == 1
-    channels = (conv.in_channels, conv.out_channels)
-    if (
-        is_plain_3x3
-        and min(channels) >= _WINOGRAD_MIN_CHANNELS
-        and max(channels) <= _WINOGRAD_MAX_CHANNELS
-        and conv.in_channels * 2 <= _WINOGRAD_MAX_CHANNELS
-    ):
+    if conv.kernel_size == (1, 1) and conv.groups == 1:
+        return PackedProjection(conv, activation)
+    if _suits_winograd(conv):
         return WinogradConv(conv, activation)
     return PackedConv(conv, activation)
+
+
+def _suits_winograd(conv: nn.Conv2d) -> bool:
+    narrow, wide = sorted((conv.in_channels, conv.out_channels))
+    return (
+        conv.kernel_size == (3, 3)
+        and conv.stride == (1, 1)
+        and conv.groups == 1
+        and narrow >= _WINOGRAD_MIN_CHANNELS
+        and narrow * wide <= _WINOGRAD_MAX_WEIGHTS
+    )
 
 
 class PackedConv(nn.Module):
@@ -69,6 +75,26 @@ class PackedConv(nn.Module):
             x_BCHW, self.packed, self.bias, *self.geometry, self.activation, [], ""
         )
         return y
+
+
+class PackedProjection(nn.Module):
+    """A 1×1 convolution as a matrix product with packed weights, pixels as rows."""
+
+    def __init__(self, conv: nn.Conv2d, activation: ActivationName = "none") -> None:
+        super().__init__()
+        self.bias = conv.bias
+        self.activation = _ONEDNN[activation]
+        weight_OC = conv.weight.detach().flatten(1).contiguous()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight_OC)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """[B, C, H, W] to [B, O, H, W]."""
+        batch, channels, height, width = x_BCHW.shape
+        x_PC = x_BCHW.permute(0, 2, 3, 1).reshape(-1, channels)
+        y_PO: Tensor = torch.ops.mkldnn._linear_pointwise(
+            x_PC, self.packed, self.bias, self.activation, [], ""
+        )
+        return y_PO.view(batch, height, width, -1).permute(0, 3, 1, 2)
 
 
 class WinogradConv(nn.Module):

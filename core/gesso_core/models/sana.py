@@ -1,7 +1,8 @@
 """Sana: a linear diffusion transformer that denoises deeply compressed latents.
 
 Sources: Sana (arXiv 2410.10629), SANA-1.5 (arXiv 2501.18427: norm of queries and keys), SANA-Sprint
-(arXiv 2503.09641: guidance embedding). The configurations are in `gesso_core.models.sana_config`.
+(arXiv 2503.09641: guidance embedding). Configurations are in `sana_config`, the text side in
+`sana_text`.
 
     latent → patches (+ position table) → depth × block → head → velocity
     block: linear attention → cross-attention → Mix-FFN
@@ -9,8 +10,7 @@ Sources: Sana (arXiv 2410.10629), SANA-1.5 (arXiv 2501.18427: norm of queries an
     text states → MLP → RMSNorm → keys and values of the cross-attention
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import cast
 
 import torch
@@ -24,87 +24,18 @@ from gesso_core.layers.embeddings import PositionTable, ScalarEmbedding
 from gesso_core.layers.linear import Linear
 from gesso_core.layers.mix_ffn import MixFFN
 from gesso_core.models.sana_config import SANA_CONFIGS, SanaConfig
+from gesso_core.models.sana_text import (
+    CaptionEmbedding,
+    KeysValues,
+    TextContext,
+    mask_bias,
+    without_padding,
+)
 
 __all__ = ["SANA_CONFIGS", "Sana", "SanaBlock", "SanaConfig", "TextContext", "initialize_weights"]
 
 # B batch   C latent channels   h, w token grid   N = h·w   p patch side
-# L text tokens   S text channels   D width   E width of the cross-attention
-
-KeysValues = tuple[Tensor, Tensor]
-MASKED = (
-    -10_000.0
-)  # added to the score of a masked token; −inf would turn a fully masked row into NaN
-
-
-@dataclass(frozen=True)
-class TextContext:
-    """What the blocks need of a text: made once by `Sana.encode_text`, used at every step.
-
-    Attributes:
-        keys_values: per block, keys and values (B, L, E).
-        bias: (B, 1, 1, L), added to the attention scores; None where every token counts.
-    """
-
-    keys_values: tuple[KeysValues, ...]
-    bias: Tensor | None = None
-
-    @property
-    def batch(self) -> int:
-        """Number of texts."""
-        return self.keys_values[0][0].shape[0]
-
-    @property
-    def tokens(self) -> int:
-        """Length that the texts are padded to."""
-        return self.keys_values[0][0].shape[1]
-
-    def select(self, rows: slice) -> "TextContext":
-        """Some of the texts, as views."""
-        bias = None if self.bias is None else self.bias[rows]
-        return TextContext(tuple((k[rows], v[rows]) for k, v in self.keys_values), bias)
-
-    @staticmethod
-    def concatenate(contexts: Sequence["TextContext"]) -> "TextContext":
-        """One batch of several contexts; shorter texts are padded with masked tokens."""
-        if len(contexts) == 1:
-            return contexts[0]
-        length = max(context.tokens for context in contexts)
-        padded = [context._padded(length) for context in contexts]
-        keys_values = tuple(
-            (torch.cat([k for k, _ in parts]), torch.cat([v for _, v in parts]))
-            for parts in zip(*(context.keys_values for context in padded), strict=True)
-        )
-        if all(context.bias is None for context in padded):
-            return TextContext(keys_values)
-        return TextContext(keys_values, torch.cat([context._full_bias() for context in padded]))
-
-    def _full_bias(self) -> Tensor:
-        keys = self.keys_values[0][0]
-        return keys.new_zeros(self.batch, 1, 1, self.tokens) if self.bias is None else self.bias
-
-    def _padded(self, length: int) -> "TextContext":
-        extra = length - self.tokens
-        if extra == 0:
-            return self
-        keys_values = tuple(
-            (F.pad(k, (0, 0, 0, extra)), F.pad(v, (0, 0, 0, extra))) for k, v in self.keys_values
-        )
-        return TextContext(keys_values, F.pad(self._full_bias(), (0, extra), value=MASKED))
-
-
-class CaptionEmbedding(nn.Module):
-    """Text states → Linear → GELU (tanh form) → Linear → RMSNorm."""
-
-    def __init__(self, channels: int, width: int) -> None:
-        super().__init__()
-        self.hidden = Linear(channels, width)
-        self.out = Linear(width, width)
-        self.norm = nn.RMSNorm(width, eps=1e-5)
-
-    def forward(self, text_BLS: Tensor) -> Tensor:
-        """(B, L, S) → (B, L, D)."""
-        tokens_BLD: Tensor = self.norm(self.out(F.gelu(self.hidden(text_BLS), approximate="tanh")))
-        return tokens_BLD
+# L text tokens   S text channels   D width   E values of a patch
 
 
 class SanaBlock(nn.Module):
@@ -207,7 +138,7 @@ class Sana(nn.Module):
             guidance_B: guidance scale times ``config.guidance_embeds_scale``; for Sprint models.
 
         Returns:
-            (B, C, H, W) in the dtype of the latent.
+            (B, C, H, W) in the dtype of the weights.
 
         Raises:
             InvalidRequest: a latent that the patches do not tile, or guidance where there is none.
@@ -249,11 +180,10 @@ class Sana(nn.Module):
             return iter(text_BLS.keys_values), text_BLS.bias
         text_BLS = text_BLS.to(self.caption.hidden.weight.dtype)
         if mask_BL is not None:
-            text_BLS, mask_BL = _without_padding(text_BLS, mask_BL)
+            text_BLS, mask_BL = without_padding(text_BLS, mask_BL)
         tokens_BLD = self.caption(text_BLS)
-        bias = None if mask_BL is None else (1 - mask_BL.to(tokens_BLD.dtype)) * MASKED
         keys_values = (block.cross.keys_values(tokens_BLD) for block in self._blocks())
-        return keys_values, None if bias is None else bias[:, None, None]
+        return keys_values, None if mask_BL is None else mask_bias(mask_BL, tokens_BLD.dtype)
 
     def _embed_time(self, timestep_B: Tensor, guidance_B: Tensor | None) -> Tensor:
         embedding_BD: Tensor = self.time(timestep_B)
@@ -297,29 +227,14 @@ def _modulated_norm(x_BND: Tensor, shift_B1D: Tensor, scale_B1D: Tensor, eps: fl
     return torch.addcmul(shift_B1D, normed_BND, 1 + scale_B1D)
 
 
-def _without_padding(text_BLS: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Drop the columns that no text uses; attention gives them a weight of exactly zero anyway.
-
-    Where a text has no valid token nothing is dropped: there, attention is uniform over all.
-    """
-    if torch.compiler.is_compiling() or mask_BL.device.type == "meta":
-        return text_BLS, mask_BL
-    used_BL = mask_BL.bool()
-    if not used_BL.any(dim=1).all():
-        return text_BLS, mask_BL
-    length = int(used_BL.any(dim=0).nonzero().max()) + 1
-    kept_BL = mask_BL[:, :length]
-    return text_BLS[:, :length], None if used_BL[:, :length].all() else kept_BL
-
-
 @torch.no_grad()
 def initialize_weights(model: Sana, generator: torch.Generator) -> None:
     """Draw fresh weights for training from scratch, in the order of the module tree.
 
-    Linear layers and the patch convolution are Xavier-uniform with zero bias; the MLPs of time and
-    caption and the modulation are N(0, 0.02²); tables are N(0, 1/D); other convolutions keep the
-    library's bounds; the norm of the caption starts at 0.01 and the second layer of the guidance
-    MLP at zero.
+    Linear layers are Xavier-uniform with zero bias, and so is the weight of the patch convolution;
+    the MLPs of time and caption and the modulation are N(0, 0.02²); tables are N(0, 1/D); all else
+    of a convolution keeps the library's bounds; the norm of the caption starts at 0.01 and the
+    second layer of the guidance MLP at zero.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -333,6 +248,7 @@ def initialize_weights(model: Sana, generator: torch.Generator) -> None:
             nn.init.ones_(module.weight)
         elif isinstance(module, SanaBlock | SanaHead):
             nn.init.normal_(module.table, std=model.config.width**-0.5, generator=generator)
+    _uniform_conv(model.patch.weight, model.patch.bias, generator)
     nn.init.xavier_uniform_(model.patch.weight.flatten(1), generator=generator)
     nn.init.constant_(model.caption.norm.weight, 0.01)
     small = [model.time.hidden, model.time.out, model.modulation]
