@@ -1,0 +1,61 @@
+"""A picture on its way: all that its next denoising step needs, in one immutable value."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from gesso_core.models.sana import TextContext
+from gesso_core.pipelines.recipe import Guidance, Recipe
+from gesso_core.sampling import Sampler, SamplerState
+
+
+class GroupKey(NamedTuple):
+    """What drafts must have in common to share a forward of the network."""
+
+    latent_shape: tuple[int, int, int]
+    guidance: Guidance
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Draft:
+    """The state of one picture between two steps.
+
+    ``text`` holds one text, or the negative and the positive one under classifier-free guidance.
+    ``noise_TCHW`` is what a stochastic sampler will use up, one tensor per step, drawn at the
+    start so that a repeated step repeats its noise. ``denoised_CHW`` is the latent that the last
+    step expected at the end, and ``finite`` whether that step gave finite numbers.
+    """
+
+    recipe: Recipe
+    text: TextContext
+    sampler: Sampler
+    state: SamplerState
+    noise_TCHW: Tensor | None = None
+    denoised_CHW: Tensor | None = None
+    finite: bool = True
+
+    @property
+    def group(self) -> GroupKey:
+        """Drafts of one model with equal groups can share a forward."""
+        return GroupKey(self.recipe.latent_shape, self.recipe.guidance)
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of the picture as the model draws it."""
+        return self.recipe.pixels
+
+    @property
+    def steps_done(self) -> int:
+        """Completed steps."""
+        return self.state.index
+
+    @property
+    def done(self) -> bool:
+        """Whether no step is left."""
+        return self.state.done
+
+    @property
+    def result(self) -> Tensor:
+        """The final latent (C, h, w), in the scale of the diffusion model."""
+        return self.state.result

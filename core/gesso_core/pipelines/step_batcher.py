@@ -1,0 +1,187 @@
+"""Continuous batching by denoising steps.
+
+Pictures of one latent shape share a forward of the network whatever their timestep; they enter and
+leave between steps. The batcher only decides who goes next: the numbers of a picture live in its
+immutable `Draft`, so a failed forward leaves every picture where it was and can be tried again in
+halves, until the one that is to blame stands alone.
+
+Order: the group that was served longest ago goes first (a group that was never served counts from
+its oldest arrival), and inside a group the first that came. So a lone picture of a rare size gets
+one step in every round, however many of another size wait.
+"""
+
+import itertools
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from gesso_core.errors import Cancelled, NumericalError, OutOfMemory
+from gesso_core.pipelines.draft import Draft, GroupKey
+from gesso_core.pipelines.memory import is_out_of_memory, release
+
+
+class Advances(Protocol):
+    """What the batcher needs of a denoiser."""
+
+    def advance(self, drafts: Sequence[Draft]) -> list[Draft]:
+        """One denoising step of every draft, in one forward of the network."""
+        ...
+
+
+OnStep = Callable[[Draft], None]
+Group = tuple[int, GroupKey]  # the denoiser, and what its drafts must have in common
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A picture's place in the batcher. ``outcome`` gets the finished draft or the error."""
+
+    id: str
+    denoiser: Advances
+    draft: Draft
+    on_step: OnStep | None
+    is_withdrawn: Callable[[], bool]
+    arrived: int
+    outcome: Future[Draft] = field(default_factory=Future)
+
+    @property
+    def group(self) -> Group:
+        """Tickets with equal groups can share a forward."""
+        return id(self.denoiser), self.draft.group
+
+
+class StepBatcher:
+    """Tickets that advance together. ``add`` from any thread, ``step`` from one.
+
+    ``max_batch_pixels`` bounds the pixels of the pictures in one forward (both rows of classifier-
+    free guidance count once); a picture larger than that goes alone.
+    """
+
+    def __init__(self, *, max_batch_pixels: int = 4 * 1024 * 1024) -> None:
+        self.max_batch_pixels = max_batch_pixels
+        self._tickets: list[Ticket] = []
+        self._served: dict[Group, int] = {}
+        self._fits: dict[Group, int] = {}
+        self._clock = itertools.count()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._tickets)
+
+    def add(
+        self,
+        denoiser: Advances,
+        draft: Draft,
+        *,
+        ticket_id: str = "",
+        on_step: OnStep | None = None,
+        is_withdrawn: Callable[[], bool] = lambda: False,
+    ) -> Ticket:
+        """Let a picture in; it takes part from the next step on.
+
+        ``on_step`` gets the draft after every step, in the thread of ``step``; what it raises ends
+        this picture alone. ``is_withdrawn`` is asked before every step; when it says so, the
+        picture ends with `Cancelled` and its place is free.
+        """
+        with self._lock:
+            ticket = Ticket(ticket_id, denoiser, draft, on_step, is_withdrawn, next(self._clock))
+            ticket.outcome.set_running_or_notify_cancel()
+            self._tickets.append(ticket)
+        return ticket
+
+    def step(self) -> int:
+        """Advance one group by one step; how many pictures were in it, 0 when nobody is here."""
+        self._retire_withdrawn()
+        tickets = self._next_group()
+        if tickets:
+            self._served[tickets[0].group] = next(self._clock)
+            self._advance(tickets)
+        return len(tickets)
+
+    def abandon(self, error: Exception) -> None:
+        """End every picture with ``error``; for whoever runs the steps and cannot go on."""
+        with self._lock:
+            tickets = list(self._tickets)
+        for ticket in tickets:
+            self._retire(ticket, error)
+
+    def _next_group(self) -> list[Ticket]:
+        groups: dict[Group, list[Ticket]] = {}
+        with self._lock:
+            for ticket in self._tickets:  # in the order of arrival
+                groups.setdefault(ticket.group, []).append(ticket)
+        self._served = {group: turn for group, turn in self._served.items() if group in groups}
+        self._fits = {group: most for group, most in self._fits.items() if group in groups}
+        if not groups:
+            return []
+        group = min(groups, key=lambda key: self._served.get(key, groups[key][0].arrived))
+        most = max(1, self.max_batch_pixels // groups[group][0].draft.pixels)
+        return groups[group][: min(most, self._fits.get(group, most))]
+
+    def _advance(self, tickets: Sequence[Ticket]) -> None:
+        """One forward; on any failure the two halves try again, and one alone keeps its error."""
+        failure: Exception | None = None
+        try:
+            drafts = tickets[0].denoiser.advance([ticket.draft for ticket in tickets])
+        except Exception as error:
+            failure = error.with_traceback(None)  # the frames would keep the tensors alive
+        if failure is None:
+            for ticket, draft in zip(tickets, drafts, strict=True):
+                self._settle(ticket, draft)
+        elif len(tickets) == 1:
+            self._retire(tickets[0], _as_user_error(failure, tickets[0].draft))
+        else:
+            half = len(tickets) // 2
+            if is_out_of_memory(failure):
+                self._fits[tickets[0].group] = half  # for as long as anyone of this group is here
+                release()
+            self._advance(tickets[:half])
+            self._advance(tickets[half:])
+
+    def _settle(self, ticket: Ticket, draft: Draft) -> None:
+        ticket.draft = draft
+        if not draft.finite:
+            self._retire(ticket, _not_finite(draft))
+            return
+        try:
+            if ticket.on_step is not None:
+                ticket.on_step(draft)
+        except Exception as error:
+            self._retire(ticket, error)
+        else:
+            if draft.done:
+                self._retire(ticket)
+
+    def _retire_withdrawn(self) -> None:
+        with self._lock:
+            withdrawn = [ticket for ticket in self._tickets if ticket.is_withdrawn()]
+        for ticket in withdrawn:
+            self._retire(ticket, Cancelled(ticket.id, after=ticket.draft.steps_done))
+
+    def _retire(self, ticket: Ticket, error: Exception | None = None) -> None:
+        with self._lock:
+            self._tickets.remove(ticket)
+        if error is None:
+            ticket.outcome.set_result(ticket.draft)
+        else:
+            ticket.outcome.set_exception(error)
+
+
+def _as_user_error(error: Exception, draft: Draft) -> Exception:
+    if not is_out_of_memory(error):
+        return error
+    height, width = draft.recipe.model_size
+    return OutOfMemory(
+        f"one denoising step at {width}x{height} does not fit into memory even alone; "
+        "ask for a smaller size or a smaller model"
+    )
+
+
+def _not_finite(draft: Draft) -> NumericalError:
+    return NumericalError(
+        f"the latent became NaN or infinite at step {draft.steps_done} of {draft.recipe.steps} "
+        f"({draft.recipe.sampler}); try another seed or a lower guidance scale, and check that the "
+        "weights run in the precision they were made for"
+    )

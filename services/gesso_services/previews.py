@@ -1,0 +1,56 @@
+"""Previews of a running job: at most one on its way, and dropped whenever that one is slow."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from gesso_core.errors import GessoError
+from gesso_core.pipelines.draft import Draft
+
+from gesso_services.runtime.job_context import JobContext
+
+log = logging.getLogger(__name__)
+
+
+class Previews:
+    """Shows every ``every``-th step of ``job`` (0: none), as WebP bytes from ``paint``.
+
+    ``offer`` is called in the thread that denoises and returns at once.
+    """
+
+    def __init__(
+        self, paint: Callable[[Draft], Awaitable[bytes]], job: JobContext, *, every: int
+    ) -> None:
+        self._paint = paint
+        self._job = job
+        self._every = every
+        self._loop = asyncio.get_running_loop()
+        self._task: asyncio.Task[None] | None = None
+        self._closed = False
+        self._busy = False  # set in the denoising thread, cleared in the loop
+
+    def offer(self, draft: Draft) -> None:
+        """Show this draft if it is its turn and nothing else is being painted."""
+        due = self._every > 0 and draft.steps_done % self._every == 0 and not draft.done
+        if due and not self._busy and self._job.wants_preview:
+            self._busy = True
+            self._loop.call_soon_threadsafe(self._begin, draft)
+
+    async def close(self) -> None:
+        """Drop what is still being painted."""
+        self._closed = True
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait({self._task})
+
+    def _begin(self, draft: Draft) -> None:
+        if not self._closed:
+            self._task = self._loop.create_task(self._show(draft))
+
+    async def _show(self, draft: Draft) -> None:
+        try:
+            self._job.preview(await self._paint(draft), draft.steps_done)
+        except GessoError as error:
+            log.info("preview dropped: %s", error.message)
+        finally:
+            self._busy = False

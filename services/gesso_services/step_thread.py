@@ -1,0 +1,76 @@
+"""The one thread of a replica that denoises: it runs the step batcher while anybody is in it."""
+
+import logging
+import threading
+from collections.abc import Callable
+
+import torch
+from gesso_core.errors import Unavailable
+from gesso_core.pipelines.draft import Draft
+from gesso_core.pipelines.step_batcher import Advances, OnStep, StepBatcher, Ticket
+
+log = logging.getLogger(__name__)
+
+STOPPING = "the replica that draws this picture stops; another one will start it again"
+
+
+class StepThread:
+    """Takes pictures from any thread and advances them in its own.
+
+    ``on_batch`` hears how many pictures shared each step; ``threads`` are the CPU threads that one
+    forward may use.
+    """
+
+    def __init__(
+        self, batcher: StepBatcher, *, threads: int, on_batch: Callable[[int], None]
+    ) -> None:
+        self.batcher = batcher
+        self._threads = threads
+        self._on_batch = on_batch
+        self._work = threading.Condition()
+        self._stopped = False
+        self._thread = threading.Thread(target=self._run, name="denoising", daemon=True)
+
+    def start(self) -> None:
+        """Begin to wait for pictures."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End after the step that runs now; whoever is still here ends with `Unavailable`."""
+        with self._work:
+            self._stopped = True
+            self._work.notify()
+
+    def add(
+        self,
+        denoiser: Advances,
+        draft: Draft,
+        *,
+        job_id: str,
+        on_step: OnStep,
+        is_withdrawn: Callable[[], bool],
+    ) -> Ticket:
+        """Let a picture in; see `StepBatcher.add`. `Unavailable` once stopped."""
+        with self._work:
+            if self._stopped:
+                raise Unavailable(STOPPING)
+            ticket = self.batcher.add(
+                denoiser, draft, ticket_id=job_id, on_step=on_step, is_withdrawn=is_withdrawn
+            )
+            self._work.notify()
+        return ticket
+
+    def _run(self) -> None:
+        torch.set_num_threads(self._threads)
+        while True:
+            with self._work:
+                self._work.wait_for(lambda: self._stopped or len(self.batcher) > 0)
+                if self._stopped:
+                    break
+            try:
+                if size := self.batcher.step():
+                    self._on_batch(size)
+            except Exception as error:
+                log.exception("a denoising step failed")
+                self.batcher.abandon(error)
+        self.batcher.abandon(Unavailable(STOPPING))
