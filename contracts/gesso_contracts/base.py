@@ -46,13 +46,28 @@ def _base64_from_bytes(value: bytes) -> str:
     return base64.b64encode(value).decode("ascii")
 
 
-Base64 = Annotated[
+def _base64_schema(limit: int) -> dict[str, Any]:
+    return {"type": "string", "contentEncoding": "base64", "maxLength": 4 * -(-limit // 3)}
+
+
+_FROM_TEXT = BeforeValidator(_bytes_from_base64)
+_TO_TEXT = PlainSerializer(_base64_from_bytes, return_type=str, when_used="json")
+
+# Bytes in Python, standard base64 text in JSON.
+InlineBytes = Annotated[
     bytes,
-    BeforeValidator(_bytes_from_base64),
-    PlainSerializer(_base64_from_bytes, return_type=str, when_used="json"),
-    WithJsonSchema({"type": "string", "contentEncoding": "base64"}),
+    Field(max_length=limits.INLINE_RPC_BYTES),
+    _FROM_TEXT,
+    _TO_TEXT,
+    WithJsonSchema(_base64_schema(limits.INLINE_RPC_BYTES)),
 ]
-"""Bytes in Python, standard base64 text in JSON."""
+PreviewBytes = Annotated[
+    bytes,
+    Field(max_length=limits.PREVIEW_BYTES),
+    _FROM_TEXT,
+    _TO_TEXT,
+    WithJsonSchema(_base64_schema(limits.PREVIEW_BYTES)),
+]
 
 Token = Annotated[str, StringConstraints(pattern=TOKEN_PATTERN)]
 """One token of a subject: lower case letters, digits and dashes, at most 64."""

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from gesso_contracts import limits
-from gesso_contracts.base import Base64, MediaType, Message, Sha256, Token
+from gesso_contracts.base import InlineBytes, MediaType, Message, Sha256, Token
 
 SAFETENSORS = "application/safetensors"
 
@@ -14,7 +14,7 @@ class Inline(Message):
     """Bytes inside the message; tensors as the bytes of a safetensors file."""
 
     kind: Literal["inline"] = "inline"
-    data: Base64 = Field(max_length=limits.INLINE_RPC_BYTES, repr=False)
+    data: InlineBytes = Field(repr=False)
     media_type: MediaType
     dtype: str | None = Field(default=None, max_length=20)
     shape: tuple[int, ...] | None = None

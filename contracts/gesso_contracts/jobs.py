@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, JsonValue
 
 from gesso_contracts import limits
-from gesso_contracts.base import Base64, JobId, MediaType, Message, Sha256, Timestamp, Token
+from gesso_contracts.base import JobId, MediaType, Message, PreviewBytes, Sha256, Timestamp, Token
 from gesso_contracts.problem import Problem
 
 JobStatus = Literal["queued", "running", "succeeded", "failed", "cancelled"]
@@ -85,7 +85,7 @@ class JobPreview(Message):
     event: Literal["preview"] = "preview"
     job_id: JobId
     step: int = Field(ge=0)
-    image: Base64 = Field(max_length=limits.PREVIEW_BYTES, repr=False)
+    image: PreviewBytes = Field(repr=False)
     media_type: MediaType = "image/webp"
 
 

@@ -25,7 +25,8 @@ PROMPTS_PER_CALL: Final = 64
 # Pictures, pixels.
 MIN_SIDE: Final = 32
 MAX_SIDE: Final = 4096
-SIDE_MULTIPLE: Final = 32
+# Any size is drawn at the nearest aspect-ratio bin, then scaled and cut; 8 keeps requests sane.
+SIDE_MULTIPLE: Final = 8
 
 # Denoising.
 MAX_STEPS: Final = 100

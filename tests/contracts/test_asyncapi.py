@@ -124,7 +124,7 @@ def test_every_operation_of_the_table_is_there(document: dict[str, Any]) -> None
 def test_the_schemas_carry_the_limits_and_accept_a_real_message(document: dict[str, Any]) -> None:
     schema = document["components"]["schemas"]["GenerateImage"]
     assert schema["properties"]["prompt"]["maxLength"] == 4000
-    assert schema["properties"]["width"]["multipleOf"] == 32
+    assert schema["properties"]["width"]["multipleOf"] == 8
     assert schema["additionalProperties"] is False
     message = GenerateImage(model="sana-tiny", prompt="a cat", width=64, height=64, seed=1)
     whole = {**schema, "components": document["components"]}
