@@ -15,7 +15,8 @@ GessoError
 │   └── Overloaded        503  too much work is waiting already
 └── Cancelled             499  the job was withdrawn
 
-A message says what was given, what is possible, and what to do next. ``assert`` is for our own invariants.
+A message says what was given, what is possible, and what to do next. ``assert`` is for our own
+invariants.
 """
 
 from collections.abc import Iterable, Sequence

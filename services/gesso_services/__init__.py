@@ -1,0 +1,1 @@
+"""What runs: the runtime on NATS and Ray Serve, the services, the gateway, client and CLI."""

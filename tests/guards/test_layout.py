@@ -1,6 +1,8 @@
 """The house keeps its shape: arrows between packages, no stray packages, no unsafe loads."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,7 +65,9 @@ def test_every_source_file_starts_with_a_docstring(room: str) -> None:
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_no_source_file_is_longer_than_400_lines(room: str) -> None:
-    long = [str(p.relative_to(ROOT)) for p in sources(room) if len(p.read_text().splitlines()) > 400]
+    long = [
+        str(p.relative_to(ROOT)) for p in sources(room) if len(p.read_text().splitlines()) > 400
+    ]
     assert long == []
 
 
@@ -74,3 +78,12 @@ def test_weights_are_never_unpickled_without_the_safe_mode() -> None:
                 if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
                     keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
                     assert keywords.get("weights_only") == "True", path
+
+
+def test_the_gateway_stays_without_torch_and_ray() -> None:
+    """It only translates; loading a framework would cost each copy seconds and memory."""
+    program = "import sys, gesso_services.gateway.app; print({'torch', 'ray'} & set(sys.modules))"
+    answer = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert answer.stdout.strip() == "set()"

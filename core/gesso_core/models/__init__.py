@@ -1,0 +1,1 @@
+"""One file per paper: configuration, blocks, model, from top to bottom."""
