@@ -138,6 +138,38 @@ async def test_a_ready_replica_says_so_and_can_be_discovered(
     assert subjects.rpc("diffusion", "add") in found.data.decode()
 
 
+async def test_a_busy_replica_still_says_that_it_is_ready(
+    gateway: Bus, toy: ModuleType, start_toy: StartToy
+) -> None:
+    await start_toy(rpc_concurrency=1, rpc_queue=0)
+    slow = toy.AddUp(numbers=[1], step_s=0.5)
+    busy = asyncio.create_task(call(gateway, "diffusion", "add", slow, toy.AddedUp))
+    await asyncio.sleep(0.05)
+    assert (await call(gateway, "diffusion", "ready", AskReady(), ServiceReady)).ready
+    assert not busy.done()
+    await busy
+
+
+async def test_replacing_a_replica_under_load_loses_no_call(
+    gateway: Bus, toy: ModuleType, start_toy: StartToy
+) -> None:
+    first = await start_toy()
+    await start_toy()
+    request = toy.AddUp(numbers=[1, 2])
+
+    async def caller() -> int:
+        answers = [
+            await call(gateway, "diffusion", "add", request, toy.AddedUp, timeout=5)
+            for _ in range(50)
+        ]
+        return sum(answer.total for answer in answers)
+
+    callers = [asyncio.create_task(caller()) for _ in range(4)]
+    await asyncio.sleep(0.02)
+    await first.stop()
+    assert await asyncio.gather(*callers) == [150] * 4
+
+
 async def test_a_replica_gives_its_metrics(
     gateway: Bus, toy: ModuleType, start_toy: StartToy
 ) -> None:

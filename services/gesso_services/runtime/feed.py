@@ -21,6 +21,7 @@ from gesso_services.runtime.connection import Bus
 log = logging.getLogger(__name__)
 
 LEAVE_S = 1.0
+EXPIRED = "408"  # nothing came before the request expired
 
 
 class JobFeed:
@@ -36,6 +37,7 @@ class JobFeed:
         self._subscription: Any = None
         self._inbox = ""
         self._stopped = False
+        self._refused: str | None = None
         self._leaving: set[asyncio.Task[None]] = set()
         bus.on_reconnect(self._renew)
 
@@ -57,9 +59,10 @@ class JobFeed:
                 continue
             status = (message.headers or {}).get("Status")
             if status is None:
+                self._refused = None
                 return await self._unless_stopped(message)
-            if status != "408":  # 408: nothing came before the request expired
-                await asyncio.sleep(self.bus.settings.reconnect_wait_s)
+            if status != EXPIRED:
+                await self._wait_a_little(status)
         return None
 
     async def stop(self) -> None:
@@ -76,6 +79,15 @@ class JobFeed:
             if message is not None and message.reply:
                 await message.nak()
         self._arrived.put_nowait(None)
+
+    async def _wait_a_little(self, status: str) -> None:
+        """The queue is not there, or not yet again."""
+        if status != self._refused:
+            self._refused = status
+            log.warning(
+                "the queue of %s gives no jobs (status %s); asking on", self.service, status
+            )
+        await asyncio.sleep(self.bus.settings.reconnect_wait_s)
 
     async def _unless_stopped(self, message: Msg) -> Msg | None:
         if not self._stopped:

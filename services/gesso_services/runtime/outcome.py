@@ -11,7 +11,7 @@ from typing import Any, Literal
 from gesso_contracts import limits
 from gesso_contracts.base import Message
 from gesso_contracts.codec import contract_error
-from gesso_contracts.jobs import DeadLetter, Job, JobState, JobStatus
+from gesso_contracts.jobs import Job, JobState, JobStatus
 from gesso_contracts.problem import Problem
 from gesso_core.errors import (
     Cancelled,
@@ -148,12 +148,6 @@ def with_progress(state: JobState, step: int, total_steps: int) -> JobState:
 def unknown(job: Job) -> JobState:
     """A stand-in for the state of a job that the bucket has forgotten."""
     return first_state(job)
-
-
-def dead_letter(job: Job, deliveries: int, ending: Ending) -> DeadLetter:
-    """What is kept of a job that could not be worked on."""
-    assert ending.problem is not None
-    return DeadLetter(job=job, deliveries=deliveries, reason=ending.problem.detail, buried_at=now())
 
 
 def _kind(kinds: Mapping[str, JobKind], job: Job) -> JobKind:

@@ -61,7 +61,8 @@ class Replica:
 
 def build_app(arguments: ReplicaArguments) -> Any:
     """The Serve application of one service; its options come from ``GESSO_<SERVICE>_*``."""
-    settings = ServiceSettings.for_service(arguments.service)
+    # The service's own settings class: its default of slots decides what one replica is worth.
+    settings = arguments.build_spec().settings
     deployment = serve.deployment(
         Replica, name=arguments.service, **deployment_options(arguments.service, settings)
     )

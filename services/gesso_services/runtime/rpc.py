@@ -37,11 +37,15 @@ RpcHandler = Callable[[Any], Awaitable[Message]]
 
 @dataclass(frozen=True, kw_only=True)
 class Endpoint:
-    """One verb: the message it takes and the coroutine function that answers it."""
+    """One verb: the message it takes and the coroutine function that answers it.
+
+    An ``urgent`` one is answered at once, also by a service that is busy: it asks how things are.
+    """
 
     verb: str
     request: type[Message]
     handler: RpcHandler
+    urgent: bool = False
 
 
 class RpcServer:
@@ -93,16 +97,23 @@ class RpcServer:
         if self._micro is not None and self.bus.is_connected:
             with contextlib.suppress(NatsError, TimeoutError, OSError):
                 async with asyncio.timeout(LEAVE_S):
-                    await self._micro.stop()
+                    await self._leave(self._micro)
         self._micro = None
         if self._tasks:
             _, late = await asyncio.wait(self._tasks, timeout=grace_s)
             for task in late:
                 task.cancel()
 
+    async def _leave(self, service: Any) -> None:
+        # The library unsubscribes its endpoints without draining them, which would lose the calls
+        # that are just arriving; drained ones are taken out of its hands.
+        await asyncio.gather(*(point._subscription.drain() for point in service._endpoints))
+        service._endpoints.clear()
+        await service.stop()
+
     def _acceptor(self, endpoint: Endpoint) -> Callable[[Request], Awaitable[None]]:
         async def accept(request: Request) -> None:
-            if len(self._tasks) >= self.limit:
+            if len(self._tasks) >= self.limit and not endpoint.urgent:
                 self.metrics.call(endpoint.verb, Overloaded.code, 0.0)
                 await _refuse(request, problem_of(Overloaded(f"{self.service} has no free place")))
                 return
@@ -117,7 +128,8 @@ class RpcServer:
         header = request.headers or {}
         with trace.use_trace(header.get(headers.TRACEPARENT)):
             try:
-                async with asyncio.timeout(_deadline(header)), self._turn:
+                turn = contextlib.nullcontext() if endpoint.urgent else self._turn
+                async with asyncio.timeout(_deadline(header)), turn:
                     message = decode(request.data, header, endpoint.request)
                     data, answer = encode(await endpoint.handler(message))
                 await request.respond(data, headers=answer)

@@ -1,7 +1,6 @@
-"""What a service is, and the host that runs one replica of it.
+"""The host that runs one replica of a service: bus, endpoints, worker, readiness, a bounded end.
 
-A ``ServiceSpec`` lists handlers and three moments of life; a ``ServiceHost`` gives it a bus, a
-worker and endpoints. The same host runs under plain asyncio (``run_service``) and in Ray Serve.
+The same host runs under plain asyncio (``run_service``) and inside Ray Serve (``replica``).
 """
 
 import asyncio
@@ -10,104 +9,33 @@ import logging
 import signal
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 from wsgiref.simple_server import WSGIServer
 
-from gesso_contracts import messages, operations, subjects
-from gesso_contracts.base import Message
+from gesso_contracts import messages
 from gesso_core.errors import Unavailable
 from nats.errors import Error as NatsError
 
-from gesso_services.runtime import rpc
 from gesso_services.runtime.blobs import BlobStore
 from gesso_services.runtime.connection import Bus
-from gesso_services.runtime.job_context import JobContext
+from gesso_services.runtime.feed import backlog
 from gesso_services.runtime.jobs import JobStore
 from gesso_services.runtime.metrics import Metrics
-from gesso_services.runtime.outcome import JobHandler, JobKind
-from gesso_services.runtime.rpc import Endpoint, RpcHandler, RpcServer
-from gesso_services.runtime.settings import ROLES, BusSettings, JobSettings, ServiceSettings
+from gesso_services.runtime.rpc import Endpoint, RpcServer
+from gesso_services.runtime.settings import BusSettings, JobSettings, role_of
+from gesso_services.runtime.spec import ServiceContext, ServiceSpec
 from gesso_services.runtime.worker import Worker
+
+__all__ = ["ServiceContext", "ServiceHost", "ServiceSpec", "run_service"]
 
 log = logging.getLogger(__name__)
 
-R = TypeVar("R", bound=Message)
+T = TypeVar("T")
 
 ASK_AGAIN_S = 0.5
 RPC_GRACE_S = 5.0
-
-
-@dataclass(frozen=True)
-class ServiceContext:
-    """What the runtime gives to a service."""
-
-    bus: Bus
-    blobs: BlobStore
-    metrics: Metrics
-
-    async def call(
-        self, service: str, verb: str, message: Message, reply: type[R], *, timeout: float = 30.0
-    ) -> R:
-        """Ask another service; see ``rpc.call``."""
-        return await rpc.call(self.bus, service, verb, message, reply, timeout=timeout)
-
-    def trial_job(self) -> JobContext:
-        """A job context for a warm-up: nobody hears what it reports."""
-        return JobContext(f"warm-up-{uuid.uuid4().hex[:12]}")
-
-
-async def _nothing_to_do(_: ServiceContext) -> None:
-    return None
-
-
-async def _nothing_to_stop() -> None:
-    return None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServiceSpec:
-    """One service: its name, its handlers, its settings, and how it comes and goes.
-
-    ``rpc`` maps verbs and ``jobs`` maps kinds to handlers; the messages are those of
-    ``operations`` unless ``messages`` names others as ``{verb or kind: (request, reply)}``.
-    ``start`` loads; ``warm_up`` sends a real request through a real handler; ``stop`` lets go.
-    """
-
-    name: str
-    settings: ServiceSettings
-    rpc: Mapping[str, RpcHandler] = field(default_factory=dict)
-    jobs: Mapping[str, JobHandler] = field(default_factory=dict)
-    messages: Mapping[str, tuple[type[Message], type[Message]]] = field(default_factory=dict)
-    start: Callable[[ServiceContext], Awaitable[None]] = _nothing_to_do
-    warm_up: Callable[[ServiceContext], Awaitable[None]] = _nothing_to_do
-    stop: Callable[[], Awaitable[None]] = _nothing_to_stop
-    models: tuple[str, ...] = ()
-
-    def endpoints(self) -> dict[str, Endpoint]:
-        """The verbs of this service with their messages."""
-        table = operations.RPC.get(self.name, {})
-        return {
-            verb: Endpoint(verb=verb, request=self._types(verb, table)[0], handler=handler)
-            for verb, handler in self.rpc.items()
-        }
-
-    def kinds(self) -> dict[str, JobKind]:
-        """The kinds of jobs of this service with their messages."""
-        table = operations.JOBS.get(self.name, {})
-        kinds: dict[str, JobKind] = {}
-        for kind, handler in self.jobs.items():
-            request, result = self._types(kind, table)
-            kinds[kind] = JobKind(request=request, result=result, handler=handler)
-        return kinds
-
-    def _types(
-        self, name: str, table: Mapping[str, operations.Operation]
-    ) -> tuple[type[Message], type[Message]]:
-        if name in self.messages:
-            return self.messages[name]
-        return table[name].request, table[name].reply
+LOOK_EVERY_S = 5.0
 
 
 class ServiceHost:
@@ -129,6 +57,7 @@ class ServiceHost:
         self.worker: Worker | None = None
         self.rpc: RpcServer | None = None
         self._metrics_server: WSGIServer | None = None
+        self._stopped = False
 
     @property
     def is_ready(self) -> bool:
@@ -140,37 +69,15 @@ class ServiceHost:
 
         Parts that are still missing are waited for; ``Unavailable`` after ``ready_timeout_s``.
         """
-        settings, deadline = (
-            self.spec.settings,
-            time.monotonic() + self.spec.settings.ready_timeout_s,
-        )
-        role = next((role for role in ROLES if role == self.spec.name), None)
-        assert role is not None, f"nats.conf has no role for {self.spec.name!r}"
-        self.bus = bus = await _patiently(
-            lambda: Bus.connect(role, self.bus_settings, name=f"{role}-{self.instance}"), deadline
-        )
+        settings = self.spec.settings
+        deadline = time.monotonic() + settings.ready_timeout_s
+        self.bus = bus = await _patiently(self._connect, deadline)
         store = await _patiently(lambda: JobStore.open(bus), deadline)
         context = ServiceContext(bus, BlobStore(bus), self.metrics)
         await self.spec.start(context)
         await _patiently(lambda: self.spec.warm_up(context), deadline)
-        self.worker = Worker(
-            bus,
-            store,
-            self.spec.name,
-            self.spec.kinds(),
-            slots=settings.slots,
-            settings=self.job_settings,
-            metrics=self.metrics,
-        )
-        endpoints = self.spec.endpoints() | self._own_endpoints()
-        server = RpcServer(
-            bus,
-            self.spec.name,
-            endpoints,
-            concurrency=settings.rpc_concurrency,
-            queue=settings.rpc_queue,
-            metrics=self.metrics,
-        )
+        self.worker = self._new_worker(bus, store)
+        server = self._new_server(bus)
         await server.start({"instance": self.instance, "models": ",".join(self.spec.models)})
         if self.spec.jobs:
             await self.worker.start()
@@ -181,6 +88,9 @@ class ServiceHost:
 
     async def stop(self, grace_s: float | None = None) -> None:
         """Take no more work, finish or give back what is there, close. Bounded in time."""
+        if self._stopped:
+            return
+        self._stopped = True
         grace = self.job_settings.stop_grace_s if grace_s is None else grace_s
         server, self.rpc = self.rpc, None
         stopping = [server.stop(min(grace, RPC_GRACE_S))] if server else []
@@ -209,11 +119,44 @@ class ServiceHost:
         calls = self.rpc.in_flight if self.rpc else 0
         return {"calls": float(calls), "jobs": float(self.worker.running if self.worker else 0)}
 
+    async def _connect(self) -> Bus:
+        role = role_of(self.spec.name)
+        return await Bus.connect(role, self.bus_settings, name=f"{role}-{self.instance}")
+
+    def _new_worker(self, bus: Bus, store: JobStore) -> Worker:
+        return Worker(
+            bus,
+            store,
+            self.spec.name,
+            self.spec.kinds(),
+            slots=self.spec.settings.slots,
+            settings=self.job_settings,
+            metrics=self.metrics,
+        )
+
+    def _new_server(self, bus: Bus) -> RpcServer:
+        return RpcServer(
+            bus,
+            self.spec.name,
+            self.spec.endpoints() | self._own_endpoints(),
+            concurrency=self.spec.settings.rpc_concurrency,
+            queue=self.spec.settings.rpc_queue,
+            metrics=self.metrics,
+        )
+
     def _own_endpoints(self) -> dict[str, Endpoint]:
         return {
-            "ready": Endpoint(verb="ready", request=messages.AskReady, handler=self._answer_ready),
+            "ready": Endpoint(
+                verb="ready",
+                request=messages.AskReady,
+                handler=self._answer_ready,
+                urgent=True,
+            ),
             "metrics": Endpoint(
-                verb="metrics", request=messages.AskMetrics, handler=self._answer_metrics
+                verb="metrics",
+                request=messages.AskMetrics,
+                handler=self._answer_metrics,
+                urgent=True,
             ),
         }
 
@@ -230,12 +173,8 @@ class ServiceHost:
     async def _answer_metrics(self, _: messages.AskMetrics) -> messages.MetricsText:
         assert self.bus is not None
         with contextlib.suppress(NatsError, TimeoutError):
-            info = await self.bus.js.consumer_info(subjects.STREAM_JOBS, self.spec.name)
-            self.metrics.backlog((info.num_pending or 0) + (info.num_ack_pending or 0))
+            self.metrics.backlog(await backlog(self.bus, self.spec.name))
         return messages.MetricsText(text=self.metrics.text())
-
-
-T = TypeVar("T")
 
 
 async def _patiently(attempt: Callable[[], Awaitable[T]], deadline: float) -> T:
@@ -251,19 +190,28 @@ async def _patiently(attempt: Callable[[], Awaitable[T]], deadline: float) -> T:
 
 
 async def run_service(spec: ServiceSpec) -> None:
-    """Run one replica of ``spec`` in this process until SIGTERM or SIGINT."""
+    """Run one replica of ``spec`` in this process until SIGTERM or SIGINT.
+
+    ``Unavailable`` when it is no longer healthy, so that whoever started it can start it again.
+    """
     host, enough = ServiceHost(spec), asyncio.Event()
     loop = asyncio.get_running_loop()
     for wish in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(wish, enough.set)
-    started = asyncio.create_task(host.start())
+    living = asyncio.create_task(_live(host))
     stopped = asyncio.create_task(enough.wait())
-    await asyncio.wait({started, stopped}, return_when=asyncio.FIRST_COMPLETED)
     try:
-        if started.done():
-            await started
-            await stopped
-        else:
-            started.cancel()
+        await asyncio.wait({living, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if living.done():
+            await living
     finally:
+        stopped.cancel()
+        living.cancel()
         await host.stop()
+
+
+async def _live(host: ServiceHost) -> None:
+    await host.start()
+    while True:
+        await asyncio.sleep(LOOK_EVERY_S)
+        host.check_health()

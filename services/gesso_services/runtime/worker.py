@@ -21,18 +21,20 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from gesso_contracts import ContractError, decode, encode, subjects
+from gesso_contracts import ContractError, decode, subjects
 from gesso_contracts import headers as names
-from gesso_contracts.jobs import CancelJob, Job, JobPreview, JobState
-from gesso_core.errors import NotFound, Unavailable
+from gesso_contracts.jobs import CancelJob, Job, JobState
+from gesso_core.errors import NotFound
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 
 from gesso_services.runtime import outcome as ends
 from gesso_services.runtime import trace
 from gesso_services.runtime.connection import Bus
+from gesso_services.runtime.dead_letters import bury, bury_unreadable
 from gesso_services.runtime.feed import JobFeed
-from gesso_services.runtime.job_context import JobContext, JobNote
+from gesso_services.runtime.job_context import JobContext
+from gesso_services.runtime.job_notes import Notes
 from gesso_services.runtime.jobs import Changed, JobStore, evolve, now
 from gesso_services.runtime.metrics import Metrics
 from gesso_services.runtime.outcome import Ending, JobKind
@@ -50,7 +52,6 @@ class RunningJob:
         self.job = job
         self.message = message
         self.context = context
-        self.saved_at = time.monotonic()
 
 
 class Worker:
@@ -152,15 +153,18 @@ class Worker:
         try:
             job = decode(message.data, message.headers, Job)
         except ContractError as error:
-            await self._bury_unreadable(message, error)
+            await bury_unreadable(self.bus, self.service, message, str(error))
+            await self.bus.until_done(message.term)
             return
         with trace.use_trace((message.headers or {}).get(names.TRACEPARENT), job.id):
             if known := self._running.get(job.id):
                 await self._delivered_again(known, message)
                 return
+            notes = Notes(self.store, save_every_s=self.settings.save_progress_every_s)
             context = JobContext(
-                job.id, publish=self._publish_note, previews_per_s=self.settings.previews_per_s
+                job.id, publish=notes.publish, previews_per_s=self.settings.previews_per_s
             )
+            notes.on_withdrawn = context.withdraw
             self._running[job.id] = RunningJob(job, message, context)
             try:
                 await self._run(self._running[job.id])
@@ -185,8 +189,6 @@ class Worker:
         waited = (now() - before.created_at).total_seconds()
         self.metrics.job_started(job.kind, waited)
         log.info("started, attempt %d, waited %.2f s", before.attempt, waited)
-        if before.cancel_requested:
-            running.context.withdraw()
         begun, status = time.perf_counter(), "retried"
         try:
             ending = await ends.of_handler(self.kinds, job, running.context, before, self.settings)
@@ -231,12 +233,19 @@ class Worker:
     async def _end(self, running: RunningJob, before: JobState, ending: Ending) -> None:
         """Bury if due, write the state, tell about it, answer the message — in this order."""
         if ending.bury:
-            await self._bury(running, ending)
+            assert ending.problem is not None
+            deliveries = running.message.metadata.num_delivered
+            reason = ending.problem.detail
+            await bury(self.bus, running.job, deliveries=deliveries, reason=reason)
         if ending.status is not None:
             changed = await self._write(running, before, ending)
             if changed.won:
                 await self.store.announce(changed.state)
                 log.info("%s after attempt %d", changed.state.status, changed.state.attempt)
+            elif not changed.state.is_final:
+                return  # another worker has this job by now, and answers its own delivery
+            else:
+                ending = ends.skipped()
         await self.bus.until_done(lambda: _answer(running.message, ending))
 
     async def _write(self, running: RunningJob, before: JobState, ending: Ending) -> Changed:
@@ -246,61 +255,6 @@ class Worker:
             return ends.apply(ending, state, before, context.step, context.total_steps)
 
         return await self.store.change(running.job.id, finish, patient=True)
-
-    async def _bury(self, running: RunningJob, ending: Ending) -> None:
-        letter = ends.dead_letter(running.job, running.message.metadata.num_delivered, ending)
-        data, header = encode(letter)
-        header[names.MESSAGE_ID] = f"dead-{running.job.id}"
-        await self._publish_dead(data, header)
-        log.error("moved to the dead letters: %s", letter.reason)
-
-    async def _bury_unreadable(self, message: Msg, error: ContractError) -> None:
-        log.error("an unreadable job was moved to the dead letters: %s", error)
-        await self._publish_dead(message.data, {**(message.headers or {}), "Reason": str(error)})
-        await self.bus.until_done(message.term)
-
-    async def _publish_dead(self, data: bytes, header: dict[str, str]) -> None:
-        async def publish() -> None:
-            await self.bus.js.publish(
-                subjects.dead_letter(self.service),
-                data,
-                headers=header,
-                stream=subjects.STREAM_DEAD_LETTERS,
-            )
-
-        await self.bus.until_done(publish)
-
-    async def _publish_note(self, note: JobNote) -> None:
-        if not self.bus.is_connected:
-            return  # progress is told or lost, never kept
-        what = "preview" if isinstance(note, JobPreview) else "progress"
-        data, header = encode(note)
-        with contextlib.suppress(NatsError):
-            await self.bus.nc.publish(
-                subjects.event(note.job_id, "preview" if what == "preview" else "progress"),
-                data,
-                headers=header,
-            )
-        if not isinstance(note, JobPreview):
-            await self._save_progress(note.job_id)
-
-    async def _save_progress(self, job_id: str) -> None:
-        """Write progress into the state now and then, for those who come late."""
-        running = self._running.get(job_id)
-        if running is None:
-            return
-        if time.monotonic() - running.saved_at < self.settings.save_progress_every_s:
-            return
-        running.saved_at = time.monotonic()
-        step, total = running.context.step, running.context.total_steps
-
-        def save(state: JobState) -> JobState | None:
-            if state.status != "running":
-                return None
-            return ends.with_progress(evolve(state), step, total)
-
-        with contextlib.suppress(NotFound, Unavailable):
-            await self.store.change(job_id, save)
 
 
 async def _answer(message: Msg, ending: Ending) -> None:
