@@ -100,7 +100,7 @@ def _pss(folder: Path) -> int:
 def _name(command_line: bytes) -> str:
     """``ray::autoencoder``, ``nats-server``, ``python -m gesso_services.gateway`` and the like."""
     words = [word for word in command_line.decode(errors="replace").split("\0") if word]
-    shown = [Path(word).name if word.startswith("/") else word for word in words[:3]]
+    shown = [Path(word).name for word in words[:3] if not word.startswith("--")]
     return " ".join(shown)[:60] or "?"
 
 
