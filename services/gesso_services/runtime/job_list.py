@@ -23,6 +23,7 @@ FIRST_WINDOW = 256
 LAST_WINDOW = 8192
 MAX_SCANNED = 50_000
 BATCH = 256
+NO_END = 2**63
 
 
 async def list_jobs(
@@ -46,16 +47,18 @@ async def _page(
     store: JobStore, status: JobStatus | None, service: str | None, limit: int, before: int | None
 ) -> JobList:
     stream = (await store.bus.js.stream_info(STREAM)).state
-    upper = min(before or stream.last_seq + 1, stream.last_seq + 1)
+    # The first page has no end: a job that changes while we look moves behind `last_seq`.
+    end = before or NO_END
+    upper = min(end, stream.last_seq + 1)
     oldest_allowed = max(stream.first_seq, upper - MAX_SCANNED)
     found: list[Entry] = []
     window = FIRST_WINDOW
     async with _reader(store.bus) as reader:
         while upper > oldest_allowed and len(found) < limit:
             lower = max(oldest_allowed, upper - window)
-            entries = await reader.read(lower, upper)
+            entries = await reader.read(lower, end)
             found += [entry for entry in reversed(entries) if _fits(entry.state, status, service)]
-            upper, window = lower, min(2 * window, LAST_WINDOW)
+            upper, end, window = lower, lower, min(2 * window, LAST_WINDOW)
     page = found[:limit]
     more = len(found) > limit or upper > stream.first_seq
     last = page[-1].revision if len(found) >= limit else upper

@@ -1,0 +1,157 @@
+"""Bodies of the HTTP API: OpenAI's image vocabulary, with what gesso adds to it.
+
+Prompts, sizes and numbers carry the limits of the bus messages, so OpenAPI shows them too.
+"""
+
+import re
+from typing import Annotated, Literal
+
+from gesso_contracts import GenerateImage, ImageFormat, JobState, Provenance, SamplerName, limits
+from gesso_contracts.base import ModelName, Prompt
+from gesso_core.errors import InvalidRequest
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+
+MAX_PICTURES = 10
+MAX_PARTIAL_IMAGES = 10
+
+Size = Annotated[
+    str,
+    StringConstraints(pattern=r"^(auto|[1-9][0-9]{1,4}x[1-9][0-9]{1,4})$"),
+    Field(description="`WIDTHxHEIGHT` in pixels, or `auto` for the model's own size"),
+]
+Seed = Annotated[int, Field(ge=0, lt=limits.SEED_LIMIT)]
+
+
+class Body(BaseModel):
+    """A request body; a field it does not know is an error that names it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ImageRequest(Body):
+    """``POST /v1/images/generations``; what is left out takes the model's own default."""
+
+    model: ModelName | None = Field(None, description="default: the first of /v1/models")
+    prompt: Prompt
+    n: int = Field(1, ge=1, le=MAX_PICTURES, description="picture i has seed + i")
+    size: Size = "auto"
+    negative_prompt: Annotated[str, StringConstraints(max_length=limits.PROMPT_CHARS)] = ""
+    seed: Seed | None = Field(None, description="drawn by the gateway when left out")
+    steps: int | None = Field(None, ge=1, le=limits.MAX_STEPS)
+    guidance_scale: float | None = Field(None, ge=0, le=limits.MAX_GUIDANCE, allow_inf_nan=False)
+    sampler: SamplerName | None = None
+    response_format: Literal["b64_json", "url"] = "b64_json"
+    output_format: ImageFormat = "png"
+    stream: bool = Field(False, description="answer with server-sent events")
+    partial_images: int = Field(
+        0, ge=0, le=MAX_PARTIAL_IMAGES, description="previews per picture, with `stream`"
+    )
+    user: str | None = Field(None, max_length=200, description="accepted and not used")
+
+
+class Metadata(Provenance):
+    """What made the pictures, and whether the model knows what the prompt names."""
+
+
+class ImageData(BaseModel):
+    """One picture: its bytes, or where they are."""
+
+    b64_json: str | None = None
+    url: str | None = Field(None, description="below this server; lives as long as the job does")
+    seed: int
+    job_id: str
+
+
+class ImagesResponse(BaseModel):
+    """OpenAI's answer, with what made the pictures."""
+
+    created: int = Field(description="Unix seconds")
+    data: list[ImageData]
+    size: str
+    output_format: ImageFormat
+    metadata: Metadata
+
+
+class ReconstructionResponse(BaseModel):
+    """A picture through the autoencoder and back, measured against itself."""
+
+    created: int
+    b64_json: str
+    output_format: ImageFormat
+    size: str
+    model: str
+    psnr_db: float
+    ssim: float
+
+
+class Model(BaseModel):
+    """One model that this server answers for."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "gesso"
+    task: str
+    default_size: str | None = None
+    sizes: list[str] = Field(default_factory=list)
+    steps: int | None = None
+    guidance_scale: float | None = None
+    sampler: str | None = None
+
+
+class ModelList(BaseModel):
+    """All models that this server answers for."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+def _strictly(value: object) -> object:
+    """A message of the bus, taken as strictly as the rest of a body: no text for a number."""
+    return GenerateImage.model_validate(value, strict=True)
+
+
+class GenerateImageJob(Body):
+    """``PUT /v1/jobs/{id}``: one picture as a job."""
+
+    kind: Literal["generate-image"] = "generate-image"
+    request: Annotated[GenerateImage, BeforeValidator(_strictly)]
+
+
+class JobPage(BaseModel):
+    """One page of jobs, last changed first."""
+
+    object: Literal["list"] = "list"
+    data: list[JobState]
+    next_cursor: str | None = Field(None, description="give it back as `cursor`")
+
+
+class ServiceHealth(BaseModel):
+    """One service, as the gateway sees it."""
+
+    ready: bool
+    models: list[str] = Field(default_factory=list)
+    detail: str
+
+
+class Health(BaseModel):
+    """``/health/ready``: true only after a real warm-up went through every required service."""
+
+    ready: bool
+    broker: bool
+    services: dict[str, ServiceHealth]
+
+
+def pixels_of(size: str, default: tuple[int, int]) -> tuple[int, int]:
+    """Width and height of ``size``; ``default`` for ``auto``. Raises InvalidRequest outside."""
+    if size == "auto":
+        return default
+    width, height = (int(side) for side in re.split("x", size))
+    for side in (width, height):
+        if not limits.MIN_SIDE <= side <= limits.MAX_SIDE or side % limits.SIDE_MULTIPLE:
+            raise InvalidRequest(
+                f"size {size!r}: each side must be a multiple of {limits.SIDE_MULTIPLE} from "
+                f"{limits.MIN_SIDE} to {limits.MAX_SIDE} pixels; or send 'auto'",
+                field="size",
+            )
+    return width, height

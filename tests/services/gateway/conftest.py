@@ -1,0 +1,163 @@
+"""One broker, one painter and as many gateways as a test asks for, behind real HTTP.
+
+Everything runs in one thread with its own event loop, so that tests may block.
+"""
+
+import asyncio
+import importlib.util
+import socket
+import sys
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+import httpx2
+import pytest
+import uvicorn
+from gesso_services.client import Gesso
+from gesso_services.gateway.app import create_app
+from gesso_services.gateway.settings import GatewaySettings
+from gesso_services.runtime.connection import Bus
+from gesso_services.runtime.nats_server import NatsServer
+from gesso_services.runtime.provision import provision
+from gesso_services.runtime.service import ServiceHost, ServiceSpec
+from gesso_services.runtime.settings import JobSettings
+
+T = TypeVar("T")
+JOBS = JobSettings(ack_wait_s=5.0, fetch_expires_s=1.0, stop_grace_s=1.0)
+PAINTER_FILE = Path(__file__).with_name("painter.py")
+
+
+class Loop:
+    """An event loop in a thread of its own."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self.thread.start()
+
+    def run(self, work: Coroutine[Any, Any, T], timeout: float = 30.0) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(timeout)
+
+    def close(self) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
+        self.loop.close()
+
+
+class Gateway:
+    """One copy of the gateway under uvicorn."""
+
+    def __init__(self, loop: Loop, server: NatsServer, settings: GatewaySettings) -> None:
+        self.loop = loop
+        self.app = create_app(settings, server.bus_settings())
+        # asyncio turns Nagle's delay off only where the protocol is named.
+        self.socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        self.socket.bind(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
+        self._server = uvicorn.Server(
+            uvicorn.Config(self.app, log_level="warning", timeout_graceful_shutdown=1)
+        )
+        self._serving = asyncio.run_coroutine_threadsafe(
+            self._server.serve(sockets=[self.socket]), loop.loop
+        )
+
+    def stop(self) -> None:
+        self._server.should_exit = True
+        self._serving.result(15)
+        self.socket.close()
+
+
+@pytest.fixture(scope="session")
+def loop() -> Iterator[Loop]:
+    loop = Loop()
+    yield loop
+    loop.close()
+
+
+@pytest.fixture(scope="session")
+def painter() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("gateway_painter", PAINTER_FILE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["gateway_painter"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def shared_broker(loop: Loop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NatsServer]:
+    """A provisioned broker for all tests of the edge."""
+    server = NatsServer(tmp_path_factory.mktemp("nats"))
+    server.start()
+
+    async def prepare() -> None:
+        bus = await Bus.connect("admin", server.bus_settings())
+        await provision(bus, JOBS)
+        await bus.close()
+
+    loop.run(prepare())
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def services(loop: Loop, shared_broker: NatsServer, painter: ModuleType) -> Iterator[None]:
+    """The painter and the coder, ready."""
+    specs: list[ServiceSpec] = [painter.painter_spec(), painter.coder_spec()]
+    hosts = [
+        ServiceHost(spec, bus_settings=shared_broker.bus_settings(), job_settings=JOBS)
+        for spec in specs
+    ]
+    for host in hosts:
+        loop.run(host.start())
+    yield
+    for host in hosts:
+        loop.run(host.stop(0.5))
+
+
+StartGateway = Callable[..., Gateway]
+
+
+@pytest.fixture(scope="session")
+def _gateways(loop: Loop, shared_broker: NatsServer, services: None) -> Iterator[StartGateway]:
+    running: list[Gateway] = []
+
+    def start(**settings: Any) -> Gateway:
+        gateway = Gateway(loop, shared_broker, GatewaySettings(**settings))
+        running.append(gateway)
+        with httpx2.Client(base_url=gateway.url, timeout=10) as http:
+            while http.get("/health/ready").status_code != 200:
+                pass  # each answer takes as long as the question to the services
+        return gateway
+
+    yield start
+    for gateway in running:
+        gateway.stop()
+
+
+@pytest.fixture
+def start_gateway(_gateways: StartGateway) -> StartGateway:
+    """Start one more copy of the gateway with other settings."""
+    return _gateways
+
+
+@pytest.fixture(scope="session")
+def server(_gateways: StartGateway) -> Gateway:
+    """The open gateway that most tests talk to."""
+    return _gateways(heartbeat_s=0.05)
+
+
+@pytest.fixture
+def http(server: Gateway) -> Iterator[httpx2.Client]:
+    with httpx2.Client(base_url=server.url, timeout=30) as client:
+        yield client
+
+
+@pytest.fixture
+def gesso(server: Gateway) -> Iterator[Gesso]:
+    with Gesso(server.url, timeout=30) as client:
+        yield client

@@ -1,0 +1,170 @@
+"""The first page in a real Chromium: type a prompt, see progress, get the picture."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.wait import WebDriverWait
+
+pytestmark = [pytest.mark.browser, pytest.mark.broker]
+
+CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--window-size=1200,860",
+    "--force-color-profile=srgb",
+)
+PATIENCE_S = 20
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
+    if not (CHROMIUM.exists() and DRIVER.exists()):
+        pytest.skip("needs Debian's chromium and chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(CHROMIUM)
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(str(DRIVER)))
+    yield driver
+    driver.quit()
+
+
+class Page:
+    """The page as a person sees it."""
+
+    def __init__(self, driver: webdriver.Chrome, url: str) -> None:
+        self.driver = driver
+        driver.get_log("browser")  # forget what earlier pages said
+        driver.get(url)
+        driver.execute_script("sessionStorage.clear()")
+        driver.refresh()
+
+    def __getitem__(self, name: str) -> WebElement:
+        return self.driver.find_element(By.ID, name)
+
+    def until(self, condition: Any) -> Any:
+        return WebDriverWait(self.driver, PATIENCE_S, 0.05).until(lambda _: condition())
+
+    def paint(self, prompt: str) -> None:
+        self["prompt"].clear()
+        self["prompt"].send_keys(prompt, Keys.ENTER)
+
+    @property
+    def shows_picture(self) -> bool:
+        """Is the final picture there, decoded, in its real size?"""
+        state = self["canvas"].get_attribute("data-state")
+        return state == "done" and self.driver.execute_script(
+            "const i = document.getElementById('picture'); return i.complete && i.naturalWidth > 0"
+        )
+
+    def complaints(self) -> list[str]:
+        """What the browser's console holds against the page, its own policy included."""
+        return [line["message"] for line in self.driver.get_log("browser")]
+
+
+@pytest.fixture
+def page(chromium: webdriver.Chrome, server: Any) -> Page:
+    page = Page(chromium, server.url)
+    page.until(lambda: page["status"].text == "ready")
+    page.until(lambda: page["model"].get_attribute("value") == "sana-tiny")
+    return page
+
+
+def test_a_prompt_becomes_a_picture_with_progress_on_the_way(page: Page) -> None:
+    page.paint("slowly, a red apple")
+    page.until(lambda: page["step"].text.startswith("step 2"))
+    assert page["progress"].is_displayed()
+    assert page["cancel"].is_displayed()
+    page.until(lambda: page["canvas"].get_attribute("data-state") == "painting")
+    page.until(lambda: page.shows_picture)
+    assert page["step"].text.startswith("done in")
+    assert page["use-seed"].text.isdigit()
+    assert page["picture"].get_attribute("alt") == "slowly, a red apple"
+    assert page["download"].get_attribute("href").startswith("data:image/png;base64,")
+    page.driver.find_element(By.CSS_SELECTOR, "#made summary").click()
+    assert "flow-dpm-solver" in page["provenance"].text
+    assert not page["suggestions"].is_displayed()
+    assert page.complaints() == []
+
+
+def test_the_seed_can_be_used_again_and_gives_the_same_picture(page: Page) -> None:
+    page.paint("a red apple")
+    page.until(lambda: page.shows_picture)
+    first = page["picture"].get_attribute("src")
+    seed = page["use-seed"].text
+    page["use-seed"].click()
+    page.paint("a red apple")
+    page.until(lambda: len(page["shelf"].find_elements(By.TAG_NAME, "li")) == 2)
+    assert page["use-seed"].text == seed
+    assert page["picture"].get_attribute("src") == first
+
+
+def test_suggestions_appear_for_an_unknown_subject_and_paint_when_clicked(page: Page) -> None:
+    page.paint("an unheard of thing")
+    page.until(lambda: page.shows_picture)
+    idea = page["suggestions"].find_elements(By.TAG_NAME, "button")[1]
+    assert idea.text == "a yellow star"
+    idea.click()
+    page.until(lambda: page["prompt"].get_attribute("value") == "a yellow star")
+    page.until(lambda: page.shows_picture and not page["suggestions"].is_displayed())
+
+
+def test_a_failure_is_a_sentence_and_the_next_picture_works(page: Page) -> None:
+    page.paint("too large")
+    page.until(page["error"].is_displayed)
+    assert page["error"].text == "the picture does not fit; try a smaller size"
+    page.paint("a red apple")
+    page.until(lambda: page.shows_picture)
+    assert not page["error"].is_displayed()
+
+
+def test_stop_withdraws_the_job(page: Page, http: Any) -> None:
+    page.driver.find_element(By.CSS_SELECTOR, "form summary").click()
+    page["steps"].send_keys("90")
+    page.paint("slowly, a tortoise")
+    page.until(lambda: page["step"].text.startswith("step 1"))
+    page["cancel"].click()
+    page.until(lambda: page["step"].text == "stopped")
+    assert not page["error"].is_displayed()
+
+    def newest() -> str:
+        jobs = http.get("/v1/jobs", params={"limit": 1}).json()["data"]
+        return str(jobs[0]["status"])
+
+    page.until(lambda: newest() == "cancelled")
+
+
+def test_a_closed_server_asks_for_a_key_and_takes_it(
+    chromium: webdriver.Chrome, start_gateway: Any
+) -> None:
+    page = Page(chromium, start_gateway(api_keys="open sesame").url)
+    page.until(page["key-box"].is_displayed)
+    page["key"].send_keys("wrong", Keys.TAB)
+    page.until(lambda: "not known here" in page["error"].text)
+    page["key"].clear()
+    page["key"].send_keys("open sesame", Keys.TAB)
+    page.until(lambda: page["model"].get_attribute("value") == "sana-tiny")
+    page.paint("a red apple")
+    page.until(lambda: page.shows_picture)
+
+
+def test_it_fits_a_telephone(page: Page) -> None:
+    page.driver.set_window_size(390, 844)
+    width = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    assert page.driver.execute_script(width) == 0
+    page.driver.set_window_size(1200, 860)
