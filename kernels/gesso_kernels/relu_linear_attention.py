@@ -3,9 +3,9 @@
     out_i = Σ_j v_j (relu(k_j) · relu(q_i))  /  (Σ_j relu(k_j) · relu(q_i) + eps)
 
 Linear form: with a row of ones appended to v, ``S = v' relu(k)ᵀ`` is a (d+1)×d state, and
-``O = S relu(q)`` carries the numerator in its first d rows and the normaliser in its last. Quadratic
-form: ``A = relu(k)ᵀ relu(q)`` with columns normalised, ``out = v A``. Both are equal; the quadratic
-one is cheaper for at most d tokens.
+``O = S relu(q)`` carries the numerator in its first d rows and the normaliser in its last.
+Quadratic form: ``A = relu(k)ᵀ relu(q)`` with columns normalised, ``out = v A``. Both are equal; the
+quadratic one is cheaper for at most d tokens.
 
 Everything is computed in fp32: sums over all pixels leave the range of fp16 and the digits of bf16.
 A query that is negative everywhere has the normaliser 0 and yields 0, not NaN.

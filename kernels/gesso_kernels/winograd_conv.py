@@ -30,7 +30,7 @@ _KERNEL_ELEMENTS = 6 * 2**20
 
 def winograd_conv2d_ref(x_BCHW: Tensor, taps_9OC: Tensor, bias_O: Tensor | None) -> Tensor:
     """The direct convolution, padding 1, that `winograd_conv2d` reproduces."""
-    weight_OC33 = taps_9OC.unflatten(0, (3, 3)).permute(2, 3, 0, 1)
+    weight_OC33 = taps_9OC.view(3, 3, *taps_9OC.shape[1:]).permute(2, 3, 0, 1)
     return F.conv2d(x_BCHW, weight_OC33, bias_O, padding=1)
 
 
@@ -61,16 +61,17 @@ def winograd_conv2d(
     rows, columns = height // m, width // m
     kernels = _transform_kernel(taps_9OC, m)
     y_BHWO = x_BCHW.new_empty(batch, height, width, taps_9OC.shape[1])
-    strip = max(1, _STRIP_ELEMENTS // ((m + 2) ** 2 * columns * channels))
+    strips = _even_parts(rows, max(1, _STRIP_ELEMENTS // ((m + 2) ** 2 * columns * channels)))
     for image_HWC, out_HWO in zip(x_BCHW.permute(0, 2, 3, 1), y_BHWO, strict=True):
-        for first in range(0, rows, strip):
-            last = min(first + strip, rows)
+        last = 0
+        for strip in strips:
+            first, last = last, last + strip
             tiles = _gather_tiles(image_HWC, first * m, last * m, m)
             y = _filter(tiles, kernels, m)
             if bias_O is not None:
                 y.add_(bias_O)
             _activate_(y, activation)
-            y = y.view(m, m, last - first, columns, -1).permute(2, 0, 3, 1, 4)
+            y = y.view(m, m, strip, columns, -1).permute(2, 0, 3, 1, 4)
             out_HWO[first * m : last * m].view(y.shape).copy_(y)
     return y_BHWO.permute(0, 3, 1, 2)
 
@@ -120,11 +121,15 @@ def _filter(tiles: Tensor, kernels: list[Tensor], m: int) -> Tensor:
 
 def _multiply(x_KTC: Tensor, kernel_KOC: Tensor, out: Tensor) -> None:
     """One product over channels per coefficient, in fp32 by oneDNN where it is there."""
-    if x_KTC.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+    if x_KTC.dtype != torch.float32 or not _has_onednn():
         torch.bmm(x_KTC, kernel_KOC.mT, out=out)
         return
     for y, x, kernel in zip(out, x_KTC, kernel_KOC, strict=True):
         y.copy_(torch.ops.mkldnn._linear_pointwise(x, kernel, None, "none", [], ""))
+
+
+def _has_onednn() -> bool:
+    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 
 
 def _activate_(y: Tensor, activation: str) -> None:

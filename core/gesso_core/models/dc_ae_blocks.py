@@ -161,7 +161,8 @@ class EfficientViTBlock(nn.Module):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """[B, C, H, W] to the same shape."""
         x_BCHW = x_BCHW + self.attention(x_BCHW)
-        return x_BCHW + self.feed_forward(x_BCHW)
+        y: Tensor = x_BCHW + self.feed_forward(x_BCHW)
+        return y
 
 
 class Downsample(nn.Module):

@@ -17,7 +17,7 @@ On other devices, and for number formats oneDNN has no kernels for, only the fir
 
 from collections.abc import Callable
 from itertools import product
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,7 @@ from gesso_core.models.dc_ae_blocks import (
     LiteMLA,
     ResBlock,
     RMSNorm2d,
+    ScaleAggregation,
     Upsample,
     channel_average,
     channel_duplicate,
@@ -55,7 +56,8 @@ def fuse_for_inference(model: DCAE) -> DCAE:
     if weight.device.type == "cpu" and has_kernels(weight.dtype):
         _replace_blocks(model)
         return model
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
 
 
 def fold_batch_norms(model: nn.Module) -> None:
@@ -167,9 +169,9 @@ class FusedLiteMLA(nn.Module):
         super().__init__()
         self.head_dim = block.head_dim
         self.qkv = fast_conv(block.qkv)
+        scales = [cast(ScaleAggregation, scale) for scale in block.scales]
         self.scales = nn.ModuleList(
-            nn.Sequential(fast_conv(scale.depthwise), fast_conv(scale.mix))
-            for scale in block.scales
+            nn.Sequential(fast_conv(scale.depthwise), fast_conv(scale.mix)) for scale in scales
         )
         self.project = fast_conv(block.project)
         self.norm = _fused_norm(block.norm)
@@ -185,7 +187,9 @@ class FusedLiteMLA(nn.Module):
 
     def _attend(self, qkv_BCHW: Tensor) -> Tensor:
         """Head-major [B, G·3·D, H, W] to [B, N, G, D] in fp32."""
-        qkv_BNGC = qkv_BCHW.permute(0, 2, 3, 1).flatten(1, 2).unflatten(2, (-1, 3 * self.head_dim))
+        batch, _, height, width = qkv_BCHW.shape
+        rows = qkv_BCHW.permute(0, 2, 3, 1)
+        qkv_BNGC = rows.reshape(batch, height * width, -1, 3 * self.head_dim)
         q, k, v = qkv_BNGC.chunk(3, dim=-1)
         return relu_linear_attention_tokens(q, k, v)
 
@@ -256,7 +260,7 @@ def _phase_major(conv: nn.Conv2d) -> nn.Conv2d:
 
 
 def _by_phase(x: Tensor) -> Tensor:
-    return x.unflatten(0, (-1, 4)).transpose(0, 1).flatten(0, 1).contiguous()
+    return x.reshape(-1, 4, *x.shape[1:]).transpose(0, 1).reshape(x.shape)
 
 
 def _at_low(conv: nn.Conv2d) -> nn.Conv2d:

@@ -17,7 +17,11 @@ from torch import Tensor
 
 from gesso_core.errors import ConfigError, NumericalError, OutOfMemory
 from gesso_core.models.dc_ae import DCAE
-from gesso_core.models.dc_ae_memory import activation_bytes_per_pixel, available_memory
+from gesso_core.models.dc_ae_memory import (
+    activation_bytes_per_pixel,
+    available_memory,
+    is_out_of_memory,
+)
 
 _SMALLEST_TILE = 4  # cells; below, attention and padding dominate what is seen
 _USABLE = 0.8  # of the memory that is available
@@ -83,7 +87,7 @@ def encode_safely(model: DCAE, x_BCHW: Tensor, available_bytes: int | None = Non
     _require_finite(x_BCHW, "the images to encode")
     if x_BCHW.shape[-2] % ratio or x_BCHW.shape[-1] % ratio:
         return model.encode(x_BCHW)  # which says what is wrong with the size
-    cost = ratio**2 * activation_bytes_per_pixel(model.config.encoder, x_BCHW.dtype)
+    cost = ratio**2 * activation_bytes_per_pixel(model.config.encoder)
     run = _Run(model.encode, x_BCHW, in_cell=ratio, out_cell=1, cell_bytes=cost)
     return run.within(_budget(x_BCHW.device, available_bytes))
 
@@ -102,7 +106,7 @@ def decode_safely(model: DCAE, z_BCHW: Tensor, available_bytes: int | None = Non
     """
     ratio = model.config.spatial_compression_ratio
     _require_finite(z_BCHW, "the latents to decode")
-    cost = ratio**2 * activation_bytes_per_pixel(model.config.decoder, z_BCHW.dtype)
+    cost = ratio**2 * activation_bytes_per_pixel(model.config.decoder)
     run = _Run(model.decode, z_BCHW, in_cell=1, out_cell=ratio, cell_bytes=cost)
     return run.within(_budget(z_BCHW.device, available_bytes))
 
@@ -216,8 +220,10 @@ class _Run:
                 return self.function(self.images)
             axis = self._axis(budget, height, width)
             return torch.cat([self._tiled(sample[None], axis) for sample in self.images])
-        except torch.OutOfMemoryError as error:
-            raise self._too_big(sample_bytes, budget) from error
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise self._too_big(sample_bytes, budget) from error
+            raise
 
     def _tiled(self, sample_1CHW: Tensor, axis: _Axis) -> Tensor:
         return _run_tiled(self.function, sample_1CHW, (axis, axis), self.in_cell, self.out_cell)

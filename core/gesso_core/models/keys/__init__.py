@@ -1,0 +1,1 @@
+"""Tables of parameter names: foreign checkpoints to our modules and back."""

@@ -44,7 +44,7 @@ _MARKS: dict[str, Layout] = {
 def translate_dc_ae(
     state: Mapping[str, Tensor], config: DCAEConfig, expected: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """A checkpoint of either layout under our names, checked against ``expected`` (a state dict)."""
+    """A checkpoint of either layout under our names, checked against a state dict of ours."""
     return translate(state, dc_ae_rules(layout_of(state), config), expected)
 
 
@@ -89,17 +89,15 @@ def original_rules(config: DCAEConfig) -> tuple[Rule, ...]:
     head = ("conv", "") if config.decoder[0].depth else ("conv.conv", "conv.")
     last = "main.op_list.0" if config.encoder_out_shortcut else "op_list.0"
     first = "main.conv" if config.decoder_in_shortcut else "conv"
-    block, last_conv = "stages.{i}.op_list.{j}", f"decoder.project_out.op_list.2.{head[0]}"
+    block, out = "stages.{i}.op_list.{j}", "decoder.project_out.op_list"
     return (
         Rule(f"encoder.project_in.{stem[0]}.{_P}", f"encoder.project_in.{stem[1]}{{p}}"),
         *_original_blocks(f"encoder.{block}", "encoder.stages.{i}.{j}", down),
         Rule(f"encoder.project_out.{last}.conv.{_P}", "encoder.project_out.{p}"),
         Rule(f"decoder.project_in.{first}.{_P}", "decoder.project_in.{p}"),
         *_original_blocks(f"decoder.{block}", "decoder.stages.{i}.{j}", "conv.conv"),
-        Rule(f"decoder.project_out.op_list.0.{_P}", "decoder.norm_out.{p}"),
-        Rule(
-            f"decoder.project_out.op_list.2.{head[0]}.{_P}", f"decoder.project_out.{head[1]}{{p}}"
-        ),
+        Rule(f"{out}.0.{_P}", "decoder.norm_out.{p}"),
+        Rule(f"{out}.2.{head[0]}.{_P}", f"decoder.project_out.{head[1]}{{p}}"),
     )
 
 

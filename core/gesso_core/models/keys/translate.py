@@ -1,8 +1,8 @@
 """Parameter names of foreign checkpoints, as a table that reads in both directions.
 
 A rule pairs the name a checkpoint uses with the name our module uses. Names are templates: ``{i}``
-stands for a number, ``{p:weight|bias}`` for one of the listed words, and the same field on the other
-side repeats what was found:
+stands for a number, ``{p:weight|bias}`` for one of the listed words, and the same field on the
+other side repeats what was found:
 
     Rule("down_blocks.{i}.{j}.conv1.{p:weight|bias}", "encoder.stages.{i}.{j}.conv1.{p}")
 

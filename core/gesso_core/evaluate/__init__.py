@@ -1,0 +1,1 @@
+"""Measuring the shipped small models against their gates."""
