@@ -102,7 +102,7 @@ _ENTRIES = (
         autoencoder="dcae-tiny",
         text_encoder="smollm2-l6",
         native_size=64,
-        guidance_scale=3.0,
+        guidance_scale=4.5,
         shift=2.0,
     ),
     _SANA,
