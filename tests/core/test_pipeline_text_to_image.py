@@ -125,6 +125,7 @@ def test_a_sprint_picture_is_the_same_alone_and_among_others(sprint: TextToImage
 @pytest.mark.parametrize(
     ("change", "complaint", "field"),
     [
+        ({"prompt": " "}, "the prompt is empty", "prompt"),
         ({"sampler": "scm"}, "cannot use the sampler 'scm'; use flow-dpm-solver or", "sampler"),
         ({"sampler": "ddim"}, "'ddim'", "sampler"),
         ({"steps": 0}, "0 steps; flow-dpm-solver takes 1 to 100, 20 is usual", "steps"),

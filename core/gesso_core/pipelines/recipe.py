@@ -77,6 +77,8 @@ def make_recipe(
     request: GenerationRequest, entry: ModelEntry, canvas: Canvas, *, guidance_embedding: bool
 ) -> Recipe:
     """The recipe of a request; InvalidRequest names the first field that this model refuses."""
+    if not request.prompt.strip():
+        raise InvalidRequest("the prompt is empty; say what to paint", field="prompt")
     sampler = _sampler(request, entry, guidance_embedding)
     guidance_scale = _guidance_scale(request, entry)
     if guidance_embedding and request.negative_prompt:
