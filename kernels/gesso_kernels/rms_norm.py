@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gesso_kernels.strips import for_each
+
 _STRIP_ELEMENTS = 2**18  # 1 MiB of fp32: measured best between 2**15 and 2**18
 
 
@@ -59,8 +61,11 @@ def rms_norm_2d_(
     residuals: tuple[Tensor, ...] | list[None] = [None] * len(strips)
     if residual_BCHW is not None:
         residuals = torch.split(residual_BCHW.permute(0, 2, 3, 1).reshape(-1, channels), strip)
-    for x_PC, residual_PC in zip(strips, residuals, strict=True):
-        _norm_strip(x_PC, weight, bias, eps, residual_PC)
+
+    def compute(strip: tuple[Tensor, Tensor | None]) -> None:
+        _norm_strip(strip[0], weight, bias, eps, strip[1])
+
+    for_each(compute, list(zip(strips, residuals, strict=True)))
     return x_BCHW
 
 

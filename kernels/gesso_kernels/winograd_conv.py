@@ -15,14 +15,18 @@ second copy of the weights has to be kept.
 # K transform coefficients (m+2)²   T tiles of a strip   N rows of tiles in a strip
 
 from functools import cache
+from itertools import accumulate
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gesso_kernels.strips import even_parts, for_each
+
 _POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 1.0, -1.0, 0.5, -2.0)}  # the last point is infinity
-_STRIP_ELEMENTS = 2**21
+# A strip is read once per transform coefficient, and the weights are read once per strip.
+_STRIP_ELEMENTS = (2**21, 2**22)
 # glibc hands blocks of 32 MiB and more back to the system at once; getting their pages again costs
 # more than computing what they hold.
 _KERNEL_ELEMENTS = 6 * 2**20
@@ -56,24 +60,34 @@ def winograd_conv2d(
     Returns:
         [B, O, H, W] in the memory format ``channels_last``.
     """
-    batch, channels, height, width = x_BCHW.shape
+    batch, _, height, width = x_BCHW.shape
     m = tile_size(x_BCHW.dtype)
-    rows, columns = height // m, width // m
     kernels = _transform_kernel(taps_9OC, m)
     y_BHWO = x_BCHW.new_empty(batch, height, width, taps_9OC.shape[1])
-    strips = _even_parts(rows, max(1, _STRIP_ELEMENTS // ((m + 2) ** 2 * columns * channels)))
-    for image_HWC, out_HWO in zip(x_BCHW.permute(0, 2, 3, 1), y_BHWO, strict=True):
-        last = 0
-        for strip in strips:
-            first, last = last, last + strip
-            tiles = _gather_tiles(image_HWC, first * m, last * m, m)
-            y = _filter(tiles, kernels, m)
-            if bias_O is not None:
-                y.add_(bias_O)
-            _activate_(y, activation)
-            y = y.view(m, m, strip, columns, -1).permute(2, 0, 3, 1, 4)
-            out_HWO[first * m : last * m].view(y.shape).copy_(y)
+
+    def compute(strip: tuple[Tensor, Tensor, int, int]) -> None:
+        image_HWC, out_HWO, top, bottom = strip
+        y = _filter(_gather_tiles(image_HWC, top, bottom, m), kernels, m)
+        if bias_O is not None:
+            y.add_(bias_O)
+        _activate_(y, activation)
+        y = y.view(m, m, (bottom - top) // m, width // m, -1).permute(2, 0, 3, 1, 4)
+        out_HWO[top:bottom].view(y.shape).copy_(y)
+
+    spans = _spans(height, width, taps_9OC, m)
+    images = zip(x_BCHW.permute(0, 2, 3, 1), y_BHWO, strict=True)
+    for_each(compute, [(*image, *span) for image in images for span in spans])
     return y_BHWO.permute(0, 3, 1, 2)
+
+
+def _spans(height: int, width: int, taps_9OC: Tensor, m: int) -> list[tuple[int, int]]:
+    """First and last row of each strip."""
+    least, most = _STRIP_ELEMENTS
+    elements = min(most, max(least, (m + 2) ** 2 * taps_9OC[0].numel() // 2))
+    row_elements = (m + 2) ** 2 * (width // m) * taps_9OC.shape[2]
+    parts = even_parts(height // m, max(1, elements // row_elements))
+    ends = [m * end for end in accumulate(parts)]
+    return list(zip([0, *ends], ends, strict=False))
 
 
 def _gather_tiles(image_HWC: Tensor, top: int, bottom: int, m: int) -> Tensor:
@@ -90,19 +104,17 @@ def _gather_tiles(image_HWC: Tensor, top: int, bottom: int, m: int) -> Tensor:
 
 def _transform_kernel(taps_9OC: Tensor, m: int) -> list[Tensor]:
     """G g Gᵀ as [K, o, C] slices of output channels, each small enough to reuse freed memory."""
-    channels = taps_9OC.shape[2]
-    _, kernel_transform, _ = _transforms(m, taps_9OC.dtype)
-    outputs = max(1, _KERNEL_ELEMENTS // (len(kernel_transform) * channels))
-    slices = taps_9OC.split_with_sizes(_even_parts(taps_9OC.shape[1], outputs), dim=1)
-    return [
-        (kernel_transform @ taps.flatten(1)).view(-1, taps.shape[1], channels) for taps in slices
-    ]
+    _, outputs, channels = taps_9OC.shape
+    _, transform, _ = _transforms(m, taps_9OC.dtype)
+    parts = even_parts(outputs, max(1, _KERNEL_ELEMENTS // (len(transform) * channels)))
+    slices = taps_9OC.split_with_sizes(parts, dim=1)
+    kernels = [taps_9OC.new_empty(len(transform), part, channels) for part in parts]
 
+    def compute(index: int) -> None:
+        torch.mm(transform, slices[index].flatten(1), out=kernels[index].flatten(1))
 
-def _even_parts(total: int, most: int) -> list[int]:
-    """Sizes of the fewest nearly equal parts of ``total``, none above ``most``."""
-    parts = -(-total // most)
-    return [total // parts + (index < total % parts) for index in range(parts)]
+    for_each(compute, range(len(parts)))
+    return kernels
 
 
 def _filter(tiles: Tensor, kernels: list[Tensor], m: int) -> Tensor:
@@ -110,7 +122,10 @@ def _filter(tiles: Tensor, kernels: list[Tensor], m: int) -> Tensor:
     channels, out_channels = kernels[0].shape[2], sum(kernel.shape[1] for kernel in kernels)
     input_transform, _, output_transform = _transforms(m, tiles.dtype)
     x_KTC = (input_transform @ tiles).view(len(tiles), -1, channels)
-    y_KTO = x_KTC.new_empty(*x_KTC.shape[:2], out_channels)
+    if out_channels == channels:
+        y_KTO = tiles.view(x_KTC.shape)  # no longer needed, and still in the cache
+    else:
+        y_KTO = x_KTC.new_empty(*x_KTC.shape[:2], out_channels)
     first = 0
     for kernel_KoC in kernels:
         last = first + kernel_KoC.shape[1]

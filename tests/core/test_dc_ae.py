@@ -9,6 +9,7 @@ from gesso_core.errors import ConfigError, InvalidRequest
 from gesso_core.models.dc_ae import DC_AE_CONFIGS, DCAE, DCAEConfig, Stage
 from gesso_core.models.dc_ae_blocks import GLUMBConv, LiteMLA, RMSNorm2d
 from gesso_core.models.dc_ae_fused import fold_batch_norms, fuse_for_inference
+from gesso_core.models.dc_ae_fused_conv import WinogradConv
 from gesso_core.models.keys.dc_ae import diffusers_rules, translate_dc_ae
 from gesso_core.models.keys.translate import untranslate
 from torch import Tensor, nn
@@ -223,12 +224,13 @@ def test_the_inference_form_gives_the_same_pictures(name: str, dtype: torch.dtyp
 
 
 @torch.inference_mode()
-def test_wide_convolutions_of_the_inference_form_agree() -> None:
-    """Wide enough and large enough for Winograd, and once too small for it."""
-    stages = (Stage(width=256, depth=1), Stage(width=256, depth=1))
-    config = DCAEConfig(latent_channels=8, encoder=stages, decoder=stages)
-    plain, fused = seeded(config), fuse_for_inference(seeded(config))
-    for x in (picture(64, 64, batch=1), picture(10, 12, batch=1)):
+def test_convolutions_by_winograd_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images that are large enough for it, and one that is too small."""
+    monkeypatch.setattr("gesso_core.models.dc_ae_fused_conv._WINOGRAD_MIN_CHANNELS", 16)
+    fused = fuse_for_inference(seeded(SANA_LIKE))
+    assert any(isinstance(module, WinogradConv) for module in fused.modules())
+    plain = seeded(SANA_LIKE)
+    for x in (picture(64, 64), picture(12, 20, batch=1)):
         z = plain.encode(x)
         torch.testing.assert_close(fused.encode(x), z, atol=5e-5, rtol=1e-4)
         torch.testing.assert_close(fused.decode(z), plain.decode(z), atol=5e-5, rtol=1e-4)

@@ -45,7 +45,7 @@ def test_winograd_applies_the_activation_after_the_bias(activation: str) -> None
 def test_winograd_in_strips_and_slices_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     x, taps = normal(1, 8, 24, 16), normal(9, 10, 8, std=0.1)
     whole = winograd_conv2d(x, taps)
-    monkeypatch.setattr("gesso_kernels.winograd_conv._STRIP_ELEMENTS", 36 * 4 * 8)
+    monkeypatch.setattr("gesso_kernels.winograd_conv._STRIP_ELEMENTS", (36 * 4 * 8, 36 * 4 * 8))
     monkeypatch.setattr("gesso_kernels.winograd_conv._KERNEL_ELEMENTS", 36 * 8 * 4)
     torch.testing.assert_close(winograd_conv2d(x, taps), whole, atol=1e-6, rtol=1e-6)
 
