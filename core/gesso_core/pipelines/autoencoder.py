@@ -15,6 +15,7 @@ from gesso_core.errors import InvalidRequest, NumericalError
 from gesso_core.hub import DEFAULT_STORE, load_dc_ae, resolve
 from gesso_core.metrics import psnr, ssim
 from gesso_core.models.dc_ae import DCAE
+from gesso_core.models.dc_ae_fused import fuse_for_inference
 from gesso_core.models.dc_ae_tiling import decode_safely, encode_safely
 from gesso_core.pipelines.memory import explained
 from gesso_core.pipelines.pictures import MAX_PIXELS, Pixels
@@ -51,7 +52,7 @@ class Autoencoder:
         """A model by its registry name, or from a folder."""
         model = load_dc_ae(resolve(name_or_folder, store=store), dtype).to(device)
         name = name_or_folder.name if isinstance(name_or_folder, Path) else name_or_folder
-        return cls(name, model.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
+        return cls(name, fuse_for_inference(model))
 
     @property
     def compression(self) -> int:
