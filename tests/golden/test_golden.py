@@ -1,10 +1,13 @@
 """Replay golden cases: numbers made by the original implementations, case by case."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import adapters_dc_ae
 import adapters_samplers
 import adapters_sana
+import adapters_svdquant_formats
+import adapters_svdquant_numerics
 import adapters_text
 import pytest
 import torch
@@ -15,7 +18,14 @@ ADAPTERS: dict[tuple[str, str], Adapter] = {
     **adapters_dc_ae.ADAPTERS,
     **adapters_sana.ADAPTERS,
     **adapters_samplers.ADAPTERS,
+    **adapters_svdquant_formats.ADAPTERS,
+    **adapters_svdquant_numerics.ADAPTERS,
     **adapters_text.ADAPTERS,
+}
+# Kinds whose cases state another rule than "floats within a tolerance".
+COMPARISONS: dict[tuple[str, str], Callable[[str, Tensor, Tensor, Case], None]] = {
+    **adapters_svdquant_formats.COMPARE,
+    **adapters_svdquant_numerics.COMPARE,
 }
 
 
@@ -41,8 +51,9 @@ def test_golden_case_is_reproduced(golden_folder: Path) -> None:
     with torch.no_grad():
         produced = ADAPTERS[case.key](case)
     assert set(produced) == set(case.outputs), "an adapter returns every output of its case"
+    check = COMPARISONS.get(case.key, compare)
     for name, want in case.outputs.items():
-        compare(name, produced[name], want, case)
+        check(name, produced[name], want, case)
 
 
 def test_a_wrong_number_is_noticed(tmp_path: Path) -> None:

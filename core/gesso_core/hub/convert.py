@@ -28,7 +28,7 @@ def convert_pickle(source: Path, target: Path) -> list[str]:
     """
     if target.suffix != ".safetensors":
         raise WeightsError(f"the target {target} must end with .safetensors")
-    state = _state_dict(source, _open(source))
+    state = _state_dict(source, open_pickle(source))
     # Tied weights share memory, which safetensors refuses; each key gets its own copy.
     tensors = {key: tensor.detach().clone().contiguous() for key, tensor in state.items()}
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,13 @@ def convert_pickle(source: Path, target: Path) -> list[str]:
     return sorted(tensors)
 
 
-def _open(source: Path) -> Any:
+def open_pickle(source: Path) -> Any:
+    """The content of a pickle, if it is tensors and plain containers only; for conversions.
+
+    Raises:
+        UnsafeFile: the file wants to build anything but tensors.
+        WeightsError: it is missing or damaged.
+    """
     try:
         return torch.load(source, map_location="cpu", weights_only=True, mmap=None)
     except FileNotFoundError as error:

@@ -1,0 +1,1 @@
+"""The files of the nunchaku engine: layouts of tensors, names, metadata, and conversions."""
