@@ -7,7 +7,7 @@ PROFILE ?= cpu
 EXTRAS ?= dev
 FAST := not ray and not browser and not slow and not gpu
 
-.PHONY: setup demo up test check format bench train-tiny eval-tiny text-encoder clean
+.PHONY: setup demo up test check format bench compile-kernels train-tiny eval-tiny text-encoder clean
 
 setup: $(STAMP)
 
@@ -37,11 +37,17 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Every Triton kernel for every architecture, without a GPU: registers, spills, shared memory.
+compile-kernels: setup
+	$(BIN)/python -m gesso_kernels.compile_gate
+
 bench: setup
 	$(BIN)/python bench/dc_ae.py
 	$(BIN)/python bench/sana.py
 	$(BIN)/python bench/fabric.py
 	$(BIN)/python bench/embedded.py
+	$(BIN)/python bench/quantize_layers.py
+	$(BIN)/python bench/quantized_cpu.py
 
 train-tiny: setup
 	$(BIN)/python -m gesso_core.train all --profile $(PROFILE)

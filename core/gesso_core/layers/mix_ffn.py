@@ -6,10 +6,11 @@ are, which is why the smaller models need no position table.
 
 import torch
 import torch.nn.functional as F
-from gesso_kernels.gated_silu import gated_silu
+from gesso_kernels.depthwise_glu import depthwise_glu
 from torch import Tensor, nn
 
 from gesso_core.layers.linear import PointwiseConv, linear
+from gesso_core.lora.active import active_low_rank, low_rank_product
 
 
 class MixFFN(nn.Module):
@@ -19,7 +20,7 @@ class MixFFN(nn.Module):
 
     ``chunks`` splits the hidden channels: since the middle convolution is depthwise, each part can
     be finished on its own and the projections added up. Memory falls by that factor; the result is
-    the same up to the order of a sum.
+    the same up to the order of a sum. Quantized layers have no weights to split, and work whole.
     """
 
     def __init__(self, width: int, hidden: int, width_out: int | None = None) -> None:
@@ -32,27 +33,42 @@ class MixFFN(nn.Module):
     def forward(self, x_BND: Tensor, height: int, width: int) -> Tensor:
         """(B, h·w, D) row-major → (B, h·w, D)."""
         grid = (height, width)
-        if self.chunks > 1:
+        if self.chunks > 1 and self._is_dense():
             return self._in_chunks(x_BND, grid)
         # The expanded tensor has no name here, so that it is gone before the gate is applied.
-        mixed_BNC = _depthwise(
-            self.expand(x_BND, "silu"), grid, self.depthwise.weight, self.depthwise.bias
+        gated_BNC = depthwise_glu(
+            self.expand(x_BND, "silu"), self.depthwise.weight, self.depthwise.bias, grid
         )
-        out_BND: Tensor = self.project(gated_silu(mixed_BNC, dim=-1))
+        out_BND: Tensor = self.project(gated_BNC)
         return out_BND
+
+    def _is_dense(self) -> bool:
+        layers: tuple[nn.Module, ...] = (self.expand, self.project)
+        return all(isinstance(layer, PointwiseConv) for layer in layers)
 
     def _in_chunks(self, x_BND: Tensor, grid: tuple[int, int]) -> Tensor:
         project = self.project.weight.flatten(1)
         out_BND = x_BND.new_zeros(*x_BND.shape[:-1], project.shape[0])
         for values in torch.arange(project.shape[1], device=x_BND.device).chunk(self.chunks):
             channels = torch.cat([values, values + project.shape[1]])  # the values and their gates
-            mixed_BNC = _depthwise(
-                linear(x_BND, *_some(self.expand, channels), "silu"),
-                grid,
-                *_some(self.depthwise, channels),
+            gated_BNC = depthwise_glu(
+                self._expanded(x_BND, channels), *_some(self.depthwise, channels), grid
             )
-            out_BND = out_BND + linear(gated_silu(mixed_BNC, dim=-1), project[:, values])
+            out_BND = out_BND + linear(gated_BNC, project[:, values])
+            if (low_rank := active_low_rank(self.project)) is not None:
+                down_RC, up_DR = low_rank
+                out_BND = out_BND + low_rank_product(gated_BNC, (down_RC[:, values], up_DR))
         return out_BND
+
+    def _expanded(self, x_BND: Tensor, channels: Tensor) -> Tensor:
+        """Some channels of the expansion, activated."""
+        weight, bias = _some(self.expand, channels)
+        low_rank = active_low_rank(self.expand)
+        if low_rank is None:
+            return linear(x_BND, weight, bias, "silu")
+        down_RD, up_CR = low_rank
+        y_BNC = linear(x_BND, weight, bias) + low_rank_product(x_BND, (down_RD, up_CR[channels]))
+        return F.silu(y_BNC)
 
 
 def _some(conv: PointwiseConv | nn.Conv2d, channels: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -60,10 +76,3 @@ def _some(conv: PointwiseConv | nn.Conv2d, channels: Tensor) -> tuple[Tensor, Te
     weight = conv.weight[channels]
     bias = None if conv.bias is None else conv.bias[channels]
     return (weight.flatten(1) if isinstance(conv, PointwiseConv) else weight), bias
-
-
-def _depthwise(x_BNC: Tensor, grid: tuple[int, int], weight: Tensor, bias: Tensor | None) -> Tensor:
-    batch, _, channels = x_BNC.shape
-    x_BCHW = x_BNC.view(batch, *grid, channels).permute(0, 3, 1, 2)  # channels-last
-    y_BCHW = F.conv2d(x_BCHW, weight, bias, padding=1, groups=channels)
-    return y_BCHW.permute(0, 2, 3, 1).flatten(1, 2)

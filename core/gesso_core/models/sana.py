@@ -15,6 +15,7 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
+from gesso_kernels.modulated_norm import modulated_norm
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -72,10 +73,10 @@ class SanaBlock(nn.Module):
     ) -> Tensor:
         """(B, N, D) → (B, N, D) on a token grid of (rows, columns)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.table + modulation_B6D).chunk(6, dim=1)
-        attended = self.attention(_modulated_norm(x_BND, shift1, scale1, self.norm_eps))
+        attended = self.attention(modulated_norm(x_BND, shift1, scale1, self.norm_eps))
         x_BND = torch.addcmul(x_BND, gate1, attended)
         x_BND = x_BND + self.cross(x_BND, keys_values, bias_B11L)
-        mixed = self.ffn(_modulated_norm(x_BND, shift2, scale2, self.norm_eps), *grid)
+        mixed = self.ffn(modulated_norm(x_BND, shift2, scale2, self.norm_eps), *grid)
         return torch.addcmul(x_BND, gate2, mixed)
 
 
@@ -90,7 +91,7 @@ class SanaHead(nn.Module):
     def forward(self, x_BND: Tensor, embedding_BD: Tensor) -> Tensor:
         """The raw embedding of the time, not the blocks' modulation, shifts and scales here."""
         shift, scale = (self.table + embedding_BD[:, None]).chunk(2, dim=1)
-        patches: Tensor = self.linear(_modulated_norm(x_BND, shift, scale, 1e-6))
+        patches: Tensor = self.linear(modulated_norm(x_BND, shift, scale, 1e-6))
         return patches
 
 
@@ -220,11 +221,6 @@ class Sana(nn.Module):
         cells = patches_BNE.view(len(patches_BNE), rows, columns, patch, patch, -1)
         image = cells.permute(0, 5, 1, 3, 2, 4)
         return image.reshape(len(cells), -1, rows * patch, columns * patch)
-
-
-def _modulated_norm(x_BND: Tensor, shift_B1D: Tensor, scale_B1D: Tensor, eps: float) -> Tensor:
-    normed_BND = F.layer_norm(x_BND, x_BND.shape[-1:], eps=eps)
-    return torch.addcmul(shift_B1D, normed_BND, 1 + scale_B1D)
 
 
 @torch.no_grad()
