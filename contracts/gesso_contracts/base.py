@@ -89,4 +89,8 @@ Side = Annotated[
 Prompt = Annotated[
     str, StringConstraints(min_length=1, max_length=limits.PROMPT_CHARS, pattern=r"\S")
 ]
+LoraStrength = Annotated[
+    float,
+    Field(ge=-limits.MAX_LORA_STRENGTH, le=limits.MAX_LORA_STRENGTH, allow_inf_nan=False),
+]
 Timestamp = AwareDatetime

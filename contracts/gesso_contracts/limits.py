@@ -32,6 +32,8 @@ SIDE_MULTIPLE: Final = 8
 MAX_STEPS: Final = 100
 MAX_GUIDANCE: Final = 30.0
 SEED_LIMIT: Final = 2**63
+MAX_LORAS: Final = 4
+MAX_LORA_STRENGTH: Final = 4.0
 
 # Jobs.
 MAX_LIST: Final = 200

@@ -8,11 +8,24 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints
 
 from gesso_contracts import limits
-from gesso_contracts.base import Message, ModelName, Prompt, Sha256, Side, Token
+from gesso_contracts.base import LoraStrength, Message, ModelName, Prompt, Sha256, Side, Token
 from gesso_contracts.blobs import BlobRef, Payload
 
 ImageFormat = Literal["png", "jpeg", "webp"]
 SamplerName = Literal["flow-dpm-solver", "flow-euler", "scm"]
+
+
+class LoraUse(Message):
+    """A LoRA from the folder of the service; at strength 1 it works as it was made to."""
+
+    name: Token
+    strength: LoraStrength = 1.0
+
+
+class LoraUsed(LoraUse):
+    """Which bytes that name stood for."""
+
+    sha256: Sha256
 
 
 class GenerateImage(Message):
@@ -33,6 +46,7 @@ class GenerateImage(Message):
     preview_every: int = Field(
         default=0, ge=0, le=limits.MAX_STEPS, description="steps; 0 for no preview"
     )
+    loras: list[LoraUse] = Field(default_factory=list, max_length=limits.MAX_LORAS)
 
 
 class Provenance(Message):
@@ -50,6 +64,7 @@ class Provenance(Message):
         default=None, description="does the model know what the prompt names?"
     )
     suggestions: list[str] = Field(default_factory=list)
+    loras: list[LoraUsed] = Field(default_factory=list, max_length=limits.MAX_LORAS)
 
 
 class ImageReady(Message):
@@ -128,6 +143,15 @@ class AskReady(Message):
     """Are you ready to work?"""
 
 
+class ModelInUse(Message):
+    """How one loaded model computes, and what its weights take in memory."""
+
+    quantization: str = Field(
+        default="none", max_length=100, description="format, rank and mode of quantized weights"
+    )
+    weight_bytes: int = Field(ge=0)
+
+
 class ServiceReady(Message):
     """One replica's answer; it answers only after a real request went through its handler."""
 
@@ -137,6 +161,9 @@ class ServiceReady(Message):
     models: list[str] = Field(default_factory=list)
     slots: int = Field(ge=0, description="jobs that may run at once")
     running: int = Field(ge=0, description="jobs that run now")
+    in_use: dict[ModelName, ModelInUse] = Field(
+        default_factory=dict, description="by model, as far as the service tells"
+    )
 
 
 class AskMetrics(Message):

@@ -2,7 +2,7 @@
 
 import base64
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,9 +85,20 @@ def options(base_url: str, api_key: str | None, timeout: float) -> Json:
 
 
 def generation(prompt: str, wanted: Json) -> Json:
-    """The streaming request for ``prompt``; what is None is left to the server."""
+    """The streaming request for ``prompt``; what is None is left to the server. ``loras`` may be a
+    mapping of names to strengths, or names alone.
+    """
     given = {name: value for name, value in wanted.items() if value is not None}
+    if "loras" in given:
+        given["loras"] = loras(given["loras"])
     return {"prompt": prompt, **given, "stream": True, "response_format": "b64_json"}
+
+
+def loras(wanted: Mapping[str, float] | Iterable[str | Json]) -> list[Json]:
+    """LoRAs as the server takes them."""
+    if isinstance(wanted, Mapping):
+        return [{"name": name, "strength": strength} for name, strength in wanted.items()]
+    return [{"name": use} if isinstance(use, str) else dict(use) for use in wanted]
 
 
 def take(event: Json, pictures: dict[int, Picture], on_progress: OnProgress | None) -> None:

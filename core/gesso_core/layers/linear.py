@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from gesso_core.lora.active import active_low_rank, low_rank_product
+
 Activation = Literal["none", "silu"]
 
 # Below this many weights the fixed cost of a oneDNN call outweighs its speed.
@@ -49,7 +51,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) → (..., O)."""
-        return linear(x, self.weight, self.bias)
+        return _with_low_rank(self, x, self.weight, self.bias)
 
 
 class PointwiseConv(nn.Module):
@@ -70,7 +72,22 @@ class PointwiseConv(nn.Module):
 
     def forward(self, x: Tensor, activation: Activation = "none") -> Tensor:
         """Apply the convolution to channels-last tokens."""
-        return linear(x, self.weight.flatten(1), self.bias, activation)
+        return _with_low_rank(self, x, self.weight.flatten(1), self.bias, activation)
+
+
+def _with_low_rank(
+    module: nn.Module,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: Activation = "none",
+) -> Tensor:
+    """`linear`, plus the product of the low-rank factors that are active for ``module``."""
+    low_rank = active_low_rank(module)
+    if low_rank is None:
+        return linear(x, weight, bias, activation)
+    y = linear(x, weight, bias) + low_rank_product(x, low_rank)
+    return F.silu(y) if activation == "silu" else y
 
 
 def _onednn_is_better(x: Tensor, weight: Tensor) -> bool:

@@ -9,10 +9,17 @@ stand at different steps of different samplers and still share one forward of th
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from gesso_core.errors import InvalidRequest
+from gesso_core.lora.active import adapters
+from gesso_core.lora.library import LoraLibrary
+from gesso_core.lora.stack import LoraStack
+from gesso_core.lora.targets import LayerMap
+from gesso_core.models.keys.sana import SANA_ORIGINAL, sana_diffusers_keys
 from gesso_core.models.sana import Sana, TextContext
 from gesso_core.pipelines.draft import Draft
 from gesso_core.pipelines.memory import explained
@@ -27,17 +34,23 @@ from gesso_core.text.domain import Domain, Verdict
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """Which weights these are."""
+    """Which weights these are, and what they take.
+
+    ``quantization`` names format, rank and mode of quantized weights: ``svdquant-int4-r32
+    (dequantized)``. ``weight_bytes`` are in memory, not on disk.
+    """
 
     revision: str
     weights_sha256: str
     quantization: str = "none"
+    weight_bytes: int = 0
 
 
 class Denoiser:
     """All of text to image but the autoencoder.
 
-    ``canvas`` and ``scaling_factor`` describe the autoencoder whose latents the model draws.
+    ``canvas`` and ``scaling_factor`` describe the autoencoder whose latents the model draws;
+    ``lora_folder`` has the LoRAs that a request may name.
     """
 
     def __init__(
@@ -50,6 +63,7 @@ class Denoiser:
         scaling_factor: float,
         identity: Identity,
         domain: Domain | None = None,
+        lora_folder: Path | None = None,
     ) -> None:
         self.entry = entry
         self.model = model
@@ -58,6 +72,7 @@ class Denoiser:
         self.scaling_factor = scaling_factor
         self.identity = identity
         self.domain = domain
+        self.loras = None if lora_folder is None else _library(lora_folder, model)
 
     @property
     def autoencoder(self) -> str:
@@ -77,24 +92,37 @@ class Denoiser:
     def recipe(self, request: GenerationRequest) -> Recipe:
         """Every choice of a request made; InvalidRequest names the field that cannot be."""
         guided_inside = self.model.config.guidance_embedding
-        return make_recipe(request, self.entry, self.canvas, guidance_embedding=guided_inside)
+        recipe = make_recipe(request, self.entry, self.canvas, guidance_embedding=guided_inside)
+        if recipe.loras:
+            self._library().require(recipe.loras)
+        return recipe
 
     @torch.inference_mode()
     def begin(self, recipe: Recipe) -> Draft:
-        """Encode the text, once for all steps, and draw the noise."""
+        """Encode the text, once for all steps, read the LoRAs, and draw the noise."""
         sampler = make_sampler(recipe.sampler, self.entry.shift)
         draws = noise_stream(recipe.seed, recipe.latent_shape)
         state = sampler.start(next(draws).to(self.device), recipe.steps)
         noise_TCHW = None
         if sampler.stochastic:
             noise_TCHW = torch.stack(list(islice(draws, recipe.steps))).to(self.device)
-        text = self._encode_text(recipe)
-        return Draft(recipe=recipe, text=text, sampler=sampler, state=state, noise_TCHW=noise_TCHW)
+        loras = self._adapters(recipe)
+        with adapters(loras):
+            text = self._encode_text(recipe)
+        return Draft(
+            recipe=recipe,
+            text=text,
+            sampler=sampler,
+            state=state,
+            noise_TCHW=noise_TCHW,
+            loras=loras,
+        )
 
     @torch.inference_mode()
     def advance(self, drafts: Sequence[Draft]) -> list[Draft]:
         """One denoising step of every draft, in one forward. All must be of one `Draft.group`."""
-        velocities = self._velocities(drafts)
+        with adapters(drafts[0].loras):  # those of all: they are part of the group
+            velocities = self._velocities(drafts)
         moved = [
             _moved(draft, velocity) for draft, velocity in zip(drafts, velocities, strict=True)
         ]
@@ -109,6 +137,20 @@ class Denoiser:
     def unscaled(self, latent_CHW: Tensor) -> Tensor:
         """A latent in the scale of the autoencoder."""
         return latent_CHW / self.scaling_factor
+
+    def _adapters(self, recipe: Recipe) -> LoraStack | None:
+        if not recipe.loras:
+            return None
+        return self._library().stack(recipe.loras, dtype=self.dtype, device=self.device)
+
+    def _library(self) -> LoraLibrary:
+        if self.loras is None:
+            raise InvalidRequest(
+                f"{self.entry.name} runs without a folder of LoRAs; leave loras empty, or start it "
+                "with a lora_folder",
+                field="loras",
+            )
+        return self.loras
 
     def _encode_text(self, recipe: Recipe) -> TextContext:
         with explained("encoding the prompt", "use a smaller model, or another device for it"):
@@ -139,6 +181,12 @@ class Denoiser:
         return classifier_free(
             velocity_BCHW[0::2], velocity_BCHW[1::2], scales_B[:, None, None, None]
         )
+
+
+def _library(folder: Path, model: Sana) -> LoraLibrary:
+    """Files may name layers as diffusers does, or as the authors of Sana do."""
+    diffusers = sana_diffusers_keys(guidance_embedding=model.config.guidance_embedding)
+    return LoraLibrary(folder, LayerMap(model, (diffusers, SANA_ORIGINAL)))
 
 
 def _moved(draft: Draft, velocity_CHW: Tensor) -> Draft:

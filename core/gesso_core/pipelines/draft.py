@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from gesso_core.lora.stack import LoraStack, StackKey
 from gesso_core.models.sana import TextContext
 from gesso_core.pipelines.recipe import Guidance, Recipe
 from gesso_core.sampling import Sampler, SamplerState
@@ -15,6 +16,7 @@ class GroupKey(NamedTuple):
 
     latent_shape: tuple[int, int, int]
     guidance: Guidance
+    loras: StackKey = ()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -24,7 +26,8 @@ class Draft:
     ``text`` holds one text, or the negative and the positive one under classifier-free guidance.
     ``noise_TCHW`` is what a stochastic sampler will use up, one tensor per step, drawn at the
     start so that a repeated step repeats its noise. ``denoised_CHW`` is the latent that the last
-    step expected at the end, and ``finite`` whether that step gave finite numbers.
+    step expected at the end, and ``finite`` whether that step gave finite numbers. ``loras`` are
+    the adapters that the picture began with, whatever happens to their files.
     """
 
     recipe: Recipe
@@ -34,11 +37,13 @@ class Draft:
     noise_TCHW: Tensor | None = None
     denoised_CHW: Tensor | None = None
     finite: bool = True
+    loras: LoraStack | None = None
 
     @property
     def group(self) -> GroupKey:
         """Drafts of one model with equal groups can share a forward."""
-        return GroupKey(self.recipe.latent_shape, self.recipe.guidance)
+        loras = () if self.loras is None else self.loras.key
+        return GroupKey(self.recipe.latent_shape, self.recipe.guidance, loras)
 
     @property
     def pixels(self) -> int:

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 
+from gesso_core.lora.stack import AppliedLora
 from gesso_core.pipelines.denoiser import Denoiser
-from gesso_core.pipelines.recipe import Recipe
+from gesso_core.pipelines.draft import Draft
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +25,12 @@ class Provenance:
     versions: Mapping[str, str]
     in_domain: bool | None = None
     suggestions: tuple[str, ...] = ()
+    loras: tuple[AppliedLora, ...] = ()
 
 
-def provenance_of(denoiser: Denoiser, recipe: Recipe) -> Provenance:
-    """The provenance of a picture that ``denoiser`` draws after ``recipe``."""
+def provenance_of(denoiser: Denoiser, draft: Draft) -> Provenance:
+    """The provenance of a picture that ``denoiser`` draws or has drawn."""
+    recipe = draft.recipe
     verdict = denoiser.judge(recipe.prompt)
     return Provenance(
         model=recipe.model,
@@ -41,6 +44,7 @@ def provenance_of(denoiser: Denoiser, recipe: Recipe) -> Provenance:
         versions=library_versions(),
         in_domain=verdict.in_domain,
         suggestions=verdict.suggestions,
+        loras=() if draft.loras is None else draft.loras.uses,
     )
 
 

@@ -5,10 +5,11 @@ Everything that a model cannot do is refused here, at the door, naming the field
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import sqrt
+from math import isfinite, sqrt
 from typing import Literal
 
 from gesso_core.errors import InvalidRequest
+from gesso_core.lora.library import LoraUse
 from gesso_core.registry import ModelEntry
 from gesso_core.sampling.aspect_ratio import aspect_table, bin_for
 
@@ -21,6 +22,8 @@ MAX_GUIDANCE = 30.0
 MIN_SIDE = 16
 # A picture is drawn at the model's own size and then resized; beyond twice that it is only blur.
 MAX_ENLARGEMENT = 2
+MAX_LORAS = 4
+MAX_LORA_STRENGTH = 4.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +38,7 @@ class GenerationRequest:
     steps: int | None = None
     guidance_scale: float | None = None
     sampler: str | None = None
+    loras: tuple[LoraUse, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +61,7 @@ class Recipe:
     steps: int
     guidance_scale: float
     guidance: Guidance
+    loras: tuple[LoraUse, ...] = ()
 
     @property
     def pixels(self) -> int:
@@ -102,6 +107,7 @@ def make_recipe(
         steps=_steps(request, entry, sampler),
         guidance_scale=guidance_scale,
         guidance=_guidance(guidance_scale, guidance_embedding),
+        loras=_loras(request),
     )
 
 
@@ -179,3 +185,21 @@ def _guidance(scale: float, guidance_embedding: bool) -> Guidance:
     if guidance_embedding:
         return "embedded"
     return "none" if scale == 1.0 else "classifier-free"
+
+
+def _loras(request: GenerationRequest) -> tuple[LoraUse, ...]:
+    names = [use.name for use in request.loras]
+    if len(names) > MAX_LORAS or len(set(names)) < len(names):
+        raise InvalidRequest(
+            f"{len(names)} LoRAs ({', '.join(name[:40] for name in names[:8])}); "
+            f"ask for at most {MAX_LORAS}, each once",
+            field="loras",
+        )
+    for use in request.loras:
+        if not (isfinite(use.strength) and abs(use.strength) <= MAX_LORA_STRENGTH):
+            raise InvalidRequest(
+                f"strength {use.strength} of the LoRA {use.name[:80]!r}; allowed are "
+                f"-{MAX_LORA_STRENGTH:g} to {MAX_LORA_STRENGTH:g}, where 1 is what it was made for",
+                field="loras",
+            )
+    return request.loras

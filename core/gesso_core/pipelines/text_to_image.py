@@ -63,12 +63,16 @@ class TextToImage:
         dtype: torch.dtype | None = None,
         device: str = "cpu",
         store: Path = DEFAULT_STORE,
+        lora_folder: Path | None = None,
     ) -> Self:
         """A model by its registry name, or from a pipeline folder.
 
         ``dtype`` of the denoiser: by default what it was trained for on a GPU, float32 on a CPU.
+        ``lora_folder`` has the files that a request may name in ``loras``.
         """
-        denoiser = load_denoiser(name_or_folder, dtype=dtype, device=device, store=store)
+        denoiser = load_denoiser(
+            name_or_folder, dtype=dtype, device=device, store=store, lora_folder=lora_folder
+        )
         return cls(denoiser, load_its_autoencoder(name_or_folder, device=device, store=store))
 
     def __call__(
@@ -111,7 +115,7 @@ class TextToImage:
         return Picture(
             pixels_HWC=self.paint(draft),
             seed=draft.recipe.seed,
-            provenance=provenance_of(self.denoiser, draft.recipe),
+            provenance=provenance_of(self.denoiser, draft),
         )
 
 

@@ -2,9 +2,12 @@
 
 import secrets
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from gesso_core.hub.store import SHIPPED_LORAS
+from gesso_core.lora.library import LoraUse
 from gesso_core.pipelines.pictures import encode_picture
 from gesso_core.pipelines.recipe import GenerationRequest
 from gesso_core.pipelines.text_to_image import PictureStep, TextToImage
@@ -18,20 +21,26 @@ MADE = ("model", "revision", "weights_sha256", "sampler", "steps", "guidance_sca
 
 
 def generate_here(
-    prompt: str, options: dict[str, Any], on_progress: Callable[[Progress], None]
+    prompt: str,
+    options: dict[str, Any],
+    on_progress: Callable[[Progress], None],
+    lora_folder: Path | None = None,
 ) -> list[Picture]:
     """The pictures that a server would have made for the same options.
 
     ``model`` may be the folder of a pipeline here, as well as a name.
     """
-    pipeline = _load(options["model"] or DEFAULT_MODEL)
+    pipeline = _load(options["model"] or DEFAULT_MODEL, lora_folder)
     side = pipeline.denoiser.entry.native_size
     width, height = pixels_of(options["size"], (side, side))
     seed = secrets.randbelow(2**32) if options["seed"] is None else options["seed"]
     names = ("negative_prompt", "steps", "guidance_scale", "sampler")
     wish = {name: options[name] for name in names}
+    loras = tuple(LoraUse(**use) for use in options.get("loras") or ())
     requests = [
-        GenerationRequest(prompt=prompt, width=width, height=height, seed=seed + index, **wish)
+        GenerationRequest(
+            prompt=prompt, width=width, height=height, seed=seed + index, loras=loras, **wish
+        )
         for index in range(options["n"])
     ]
 
@@ -46,12 +55,16 @@ def generate_here(
             seed=made.seed,
             job_id="local",
             metadata={name: getattr(made.provenance, name) for name in MADE}
-            | {"suggestions": list(made.provenance.suggestions)},
+            | {
+                "suggestions": list(made.provenance.suggestions),
+                "loras": [asdict(use) for use in made.provenance.loras],
+            },
         )
         for made in pictures
     ]
 
 
-def _load(name: str) -> TextToImage:
+def _load(name: str, lora_folder: Path | None) -> TextToImage:
     folder = Path(name)
-    return TextToImage.load(folder if name not in MODELS and folder.is_dir() else name)
+    known = name in MODELS or not folder.is_dir()
+    return TextToImage.load(name if known else folder, lora_folder=lora_folder or SHIPPED_LORAS)

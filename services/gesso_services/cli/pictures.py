@@ -39,6 +39,18 @@ def generate(
     guidance: Annotated[float | None, typer.Option(min=0, max=30)] = None,
     negative: Annotated[str, typer.Option(help="What should not be in it.")] = "",
     sampler: Annotated[str | None, typer.Option(help="flow-dpm-solver, flow-euler or scm.")] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME[:STRENGTH]", help="A LoRA of the server; may be repeated."),
+    ] = None,
+    lora_folder: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where LoRA files lie, with --local; else those that ship.",
+            file_okay=False,
+            exists=True,
+        ),
+    ] = None,
     local: Annotated[
         bool, typer.Option("--local", help="In this process, without a server.")
     ] = False,
@@ -55,6 +67,7 @@ def generate(
         "guidance_scale": guidance,
         "negative_prompt": negative,
         "sampler": sampler,
+        "loras": [lora_of(text) for text in lora or ()] or None,
         "output_format": format_of(output),
     }
     with progress_bars() as bars:
@@ -62,7 +75,7 @@ def generate(
         if local:
             from gesso_services.cli.local import generate_here
 
-            pictures = generate_here(prompt, options, lines.show)
+            pictures = generate_here(prompt, options, lines.show, lora_folder)
         else:
             with server(url, key) as gesso:
                 pictures = gesso.generate(prompt, on_progress=lines.show, **options)
@@ -98,6 +111,17 @@ def format_of(path: Path) -> str:
     if not path.parent.is_dir():
         raise InvalidRequest(f"the folder {path.parent} does not exist; create it first")
     return FORMATS[path.suffix.lower()]
+
+
+def lora_of(text: str) -> dict[str, Any]:
+    """Name and strength from ``NAME[:STRENGTH]``; the strength is 1 where none is given."""
+    name, colon, strength = text.partition(":")
+    try:
+        return {"name": name, "strength": float(strength) if colon else 1.0}
+    except ValueError as error:
+        raise InvalidRequest(
+            f"--lora {text!r}: {strength!r} is not a number; write it like ink:0.8", field="loras"
+        ) from error
 
 
 class _Lines:

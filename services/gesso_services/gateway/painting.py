@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from gesso_contracts import GenerateImage, ImageReady, JobState, JobStateChanged
+from gesso_contracts import GenerateImage, ImageReady, JobState, JobStateChanged, LoraUse
 from gesso_contracts.limits import SEED_LIMIT
 from gesso_core.errors import GessoError, InvalidRequest
 from gesso_core.registry import ModelEntry
@@ -68,6 +68,7 @@ def plan(
         sampler=body.sampler,
         output_format=body.output_format,
         preview_every=_preview_every(body, entry),
+        loras=[LoraUse(name=use.name, strength=use.strength) for use in body.loras],
     )
     return Order(
         jobs=tuple(

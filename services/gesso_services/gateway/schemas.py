@@ -7,7 +7,7 @@ import re
 from typing import Annotated, Literal
 
 from gesso_contracts import GenerateImage, ImageFormat, JobState, Provenance, SamplerName, limits
-from gesso_contracts.base import ModelName, Prompt
+from gesso_contracts.base import LoraStrength, ModelName, Prompt, Token
 from gesso_core.errors import InvalidRequest
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
@@ -28,6 +28,13 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+class Lora(Body):
+    """A LoRA from the folder of the server, and how strongly it counts."""
+
+    name: Token
+    strength: LoraStrength = 1.0
+
+
 class ImageRequest(Body):
     """``POST /v1/images/generations``; what is left out takes the model's own default."""
 
@@ -40,6 +47,11 @@ class ImageRequest(Body):
     steps: int | None = Field(None, ge=1, le=limits.MAX_STEPS)
     guidance_scale: float | None = Field(None, ge=0, le=limits.MAX_GUIDANCE, allow_inf_nan=False)
     sampler: SamplerName | None = None
+    loras: list[Lora] = Field(
+        default_factory=list,
+        max_length=limits.MAX_LORAS,
+        description="files of the server's LoRA folder by name, each once",
+    )
     response_format: Literal["b64_json", "url"] = "b64_json"
     output_format: ImageFormat = "png"
     stream: bool = Field(False, description="answer with server-sent events")
@@ -97,6 +109,10 @@ class Model(BaseModel):
     steps: int | None = None
     guidance_scale: float | None = None
     sampler: str | None = None
+    quantization: str | None = Field(
+        default=None, description="format, rank and mode of quantized weights, `none` for others"
+    )
+    weight_bytes: int | None = Field(default=None, description="what the weights take in memory")
 
 
 class ModelList(BaseModel):

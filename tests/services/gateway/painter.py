@@ -10,6 +10,8 @@ import numpy as np
 from gesso_contracts import (
     GenerateImage,
     ImageReady,
+    LoraUsed,
+    ModelInUse,
     Provenance,
     Reconstruct,
     Reconstructed,
@@ -22,6 +24,7 @@ from gesso_services.runtime.settings import ServiceSettings
 
 MODEL, AUTOENCODER = "sana-tiny", "dcae-tiny"
 SLOW_STEP_S = 0.15
+IN_USE = ModelInUse(quantization="svdquant-int4-r32 (dequantized)", weight_bytes=14_000_000)
 
 
 def gradient(seed: int, width: int, height: int) -> Pixels:
@@ -65,6 +68,7 @@ class Painter:
                 versions={"gesso": "0.1.0"},
                 in_domain=known,
                 suggestions=[] if known else ["a red apple", "a yellow star"],
+                loras=[LoraUsed(**use.model_dump(), sha256="0" * 64) for use in request.loras],
             ),
         )
 
@@ -94,6 +98,7 @@ def painter_spec() -> ServiceSpec:
         start=painter.start,
         warm_up=painter.warm_up,
         models=(MODEL,),
+        in_use=lambda: {MODEL: IN_USE},
     )
 
 
