@@ -25,6 +25,8 @@ class ModelEntry:
     ``original_repo`` the same weights in the authors' layout. ``native_size`` is in pixels along
     one side; ``aspect_bins`` is the base size of the aspect-ratio table, None where every size
     that fits the autoencoder is allowed. All from ``autoencoder`` on is for text to image only.
+    A quantized model names in ``base`` the model that it was made from, whose text statistics and
+    list of known things are its own as well.
     """
 
     name: str
@@ -44,6 +46,7 @@ class ModelEntry:
     steps: int = 20
     guidance_scale: float = 4.5
     shift: float = 3.0
+    base: str | None = None
 
 
 _SANA = ModelEntry(
@@ -92,19 +95,37 @@ def _dc_ae(name: str, summary: str) -> ModelEntry:
     )
 
 
+_SANA_TINY = ModelEntry(
+    name="sana-tiny",
+    task="text-to-image",
+    summary="small Sana for emoji-like pictures of everyday things; runs on a laptop CPU",
+    config="sana-tiny",
+    shipped="sana-tiny",
+    autoencoder="dcae-tiny",
+    text_encoder="smollm2-l6",
+    native_size=64,
+    guidance_scale=4.5,
+    shift=2.0,
+)
+_QUANTIZED_TINY = tuple(
+    replace(
+        _SANA_TINY,
+        name=f"sana-tiny-{name}",
+        summary=f"the small Sana in {what}",
+        shipped=f"sana-tiny-{name}",
+        base="sana-tiny",
+    )
+    for name, what in (
+        ("int4", "INT4 weights and inputs, SVDQuant of rank 16"),
+        ("nvfp4", "NVFP4 weights and inputs, SVDQuant of rank 16"),
+        ("w8a8", "INT8 weights and inputs, SVDQuant of rank 16"),
+    )
+)
+
+
 _ENTRIES = (
-    ModelEntry(
-        name="sana-tiny",
-        task="text-to-image",
-        summary="small Sana for emoji-like pictures of everyday things; runs on a laptop CPU",
-        config="sana-tiny",
-        shipped="sana-tiny",
-        autoencoder="dcae-tiny",
-        text_encoder="smollm2-l6",
-        native_size=64,
-        guidance_scale=4.5,
-        shift=2.0,
-    ),
+    _SANA_TINY,
+    *_QUANTIZED_TINY,
     _SANA,
     _sana("sana-0.6b-1024", "Sana, 0.6 B, 1024 px", "Sana_600M_1024px", 1024, "float16"),
     _sana("sana-1.6b-512", "Sana, 1.6 B, 512 px", "Sana_1600M_512px", 512, "float16"),

@@ -106,7 +106,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _refuse_other_kinds(path: Path, prefix: bytes) -> None:
-    if prefix.startswith(PICKLE_STARTS) or path.suffix in PICKLE_SUFFIXES:
+    # The length of a header may begin with the same bytes; but then its JSON comes after it.
+    is_pickle = prefix.startswith(PICKLE_STARTS) and prefix[8:9] != b"{"
+    if is_pickle or path.suffix in PICKLE_SUFFIXES:
         raise UnsafeFile(
             f"{path} is a pickle, which can run code when opened; gesso reads safetensors only. "
             f"Convert it once: gesso models convert {path.name} {path.stem}.safetensors"

@@ -5,6 +5,7 @@ the autoencoder service, the picture into the blob store.
 """
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -17,13 +18,16 @@ from gesso_contracts import messages as m
 from gesso_contracts.blobs import BlobRef, Payload
 from gesso_core.errors import UnknownModel
 from gesso_core.hub import DEFAULT_STORE
+from gesso_core.hub.store import SHIPPED_LORAS
+from gesso_core.lora.library import LoraUse
 from gesso_core.pipelines.denoiser import Denoiser
 from gesso_core.pipelines.draft import Draft
 from gesso_core.pipelines.load import load_denoiser
 from gesso_core.pipelines.provenance import provenance_of
-from gesso_core.pipelines.recipe import GenerationRequest, Recipe
+from gesso_core.pipelines.recipe import GenerationRequest
 from gesso_core.pipelines.step_batcher import StepBatcher
 from gesso_core.pipelines.tensor_bytes import pack_tensors
+from gesso_kernels.modes import Budget, Mode
 from pydantic import Field
 
 from gesso_services.painting import Painter
@@ -32,6 +36,8 @@ from gesso_services.runtime.job_context import JobContext
 from gesso_services.runtime.service import ServiceContext, ServiceSpec
 from gesso_services.runtime.settings import ServiceSettings
 from gesso_services.step_thread import StepThread
+
+log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -46,9 +52,19 @@ class DiffusionSettings(ServiceSettings):
         default_factory=dict, description="pipeline folders to serve, by the name they get"
     )
     store: Path = Field(DEFAULT_STORE, description="where pulled models lie")
+    lora_folder: Path | None = Field(
+        SHIPPED_LORAS,
+        description="*.safetensors that requests may name as LoRAs; read when they change",
+    )
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="by default what the model was trained for; float32 on a CPU"
+    )
+    quantized_mode: Mode | None = Field(
+        None, description="how quantized weights compute; by default what suits the device"
+    )
+    memory_budget: Budget = Field(
+        "8bit", description="4bit keeps quantized weights in 4 bit where 8 would be faster"
     )
     threads: int = Field(1, ge=1, description="CPU threads of one forward")
     max_batch_pixels: int = Field(4 * 1024 * 1024, ge=1, description="pixels that share a step")
@@ -68,6 +84,10 @@ class DiffusionService:
             1, "text", initializer=torch.set_num_threads, initargs=(settings.threads,)
         )
 
+    def in_use(self) -> dict[str, m.ModelInUse]:
+        """How the loaded models compute, and what they take."""
+        return {name: _in_use(denoiser) for name, denoiser in self.models.items()}
+
     @property
     def names(self) -> tuple[str, ...]:
         """What is served."""
@@ -85,6 +105,7 @@ class DiffusionService:
         )
         for name in self.names:
             self.models[name] = await asyncio.to_thread(self._load, name)
+            self._tell_of(name, context)
         self.steps = StepThread(
             StepBatcher(max_batch_pixels=settings.max_batch_pixels),
             threads=settings.threads,
@@ -114,7 +135,7 @@ class DiffusionService:
         draft = await self._in_text_thread(denoiser.begin, recipe)
         finished = await self._denoised(denoiser, draft, request.preview_every, job)
         decoded = await self.painter.picture(denoiser, finished, request.output_format, job)
-        provenance = await self._in_text_thread(_provenance, denoiser, recipe)
+        provenance = await self._in_text_thread(_provenance, denoiser, finished)
         return m.ImageReady(
             image=await self._as_blob(decoded.image),
             width=decoded.width,
@@ -175,6 +196,19 @@ class DiffusionService:
             device=settings.device,
             store=settings.store,
             name=name,
+            lora_folder=settings.lora_folder,
+            quantized_mode=settings.quantized_mode,
+            memory_budget=settings.memory_budget,
+        )
+
+    def _tell_of(self, name: str, context: ServiceContext) -> None:
+        about = _in_use(self.models[name])
+        context.metrics.model_loaded(name, about.quantization, about.weight_bytes)
+        log.info(
+            "%s is loaded: quantization %s, weights %.1f MB",
+            name,
+            about.quantization,
+            about.weight_bytes / 1e6,
         )
 
     def _model(self, name: str) -> Denoiser:
@@ -183,14 +217,20 @@ class DiffusionService:
         return self.models[name]
 
 
+def _in_use(denoiser: Denoiser) -> m.ModelInUse:
+    identity = denoiser.identity
+    return m.ModelInUse(quantization=identity.quantization, weight_bytes=identity.weight_bytes)
+
+
 def _wish(request: m.GenerateImage) -> GenerationRequest:
     names = ("prompt", "negative_prompt", "width", "height", "seed", "steps", "sampler")
     wished = {name: getattr(request, name) for name in (*names, "guidance_scale")}
-    return GenerationRequest(**wished)
+    loras = tuple(LoraUse(name=use.name, strength=use.strength) for use in request.loras)
+    return GenerationRequest(**wished, loras=loras)
 
 
-def _provenance(denoiser: Denoiser, recipe: Recipe) -> m.Provenance:
-    made = provenance_of(denoiser, recipe)
+def _provenance(denoiser: Denoiser, draft: Draft) -> m.Provenance:
+    made = provenance_of(denoiser, draft)
     return m.Provenance(
         model=made.model,
         revision=made.revision,
@@ -202,6 +242,10 @@ def _provenance(denoiser: Denoiser, recipe: Recipe) -> m.Provenance:
         versions=dict(made.versions),
         in_domain=made.in_domain,
         suggestions=list(made.suggestions),
+        loras=[
+            m.LoraUsed(name=lora.name, strength=lora.strength, sha256=lora.sha256)
+            for lora in made.loras
+        ],
     )
 
 
@@ -224,4 +268,5 @@ def build_service(settings: DiffusionSettings | None = None) -> ServiceSpec:
         warm_up=service.warm_up,
         stop=service.stop,
         models=service.names,
+        in_use=service.in_use,
     )

@@ -2,7 +2,8 @@
 
 A checkpoint is a folder in the diffusers layout (``config.json`` beside
 ``diffusion_pytorch_model.safetensors``), or one safetensors file. Which number format the weights
-were trained for is part of the checkpoint: see `trained_dtype`.
+were trained for is part of the checkpoint: see `trained_dtype`. A folder of quantized weights has
+the canonical file instead (`gesso_core.quant.canonical`); it is found here, and loaded there.
 """
 
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gesso_core.errors import WeightsError
+from gesso_core.quant.canonical import CANONICAL_FILE, read_about
 from gesso_core.safe_files import PICKLE_SUFFIXES, inside, read_header, read_json, read_tensors
 
 STEMS: Final = ("diffusion_pytorch_model", "model")
@@ -49,6 +51,11 @@ def load_state_dict(path: Path, variant: str | None = None) -> dict[str, Tensor]
         UnsafeFile: a pickle, or a name that leads out of the folder.
     """
     found = weight_files(path, variant)
+    if found.files[0].name == CANONICAL_FILE:
+        raise WeightsError(
+            f"{path} holds quantized weights; load them with load_quantized_sana, or give the "
+            "folder of the 16-bit model"
+        )
     state: dict[str, Tensor] = {}
     for file in found.files:
         tensors = _tensors(file)
@@ -65,6 +72,8 @@ def weight_files(path: Path, variant: str | None = None) -> WeightFiles:
         return WeightFiles((path,))
     if not path.is_dir():
         raise WeightsError(f"{path} does not exist; expected a model folder or a safetensors file")
+    if is_quantized(path):
+        return WeightFiles((path / CANONICAL_FILE,))
     wanted = VARIANTS if variant is None else (variant,)
     found = [files for choice in wanted if (files := _of_variant(path, choice))]
     if not found:
@@ -72,6 +81,22 @@ def weight_files(path: Path, variant: str | None = None) -> WeightFiles:
     if len(found) > 1 and found[0].variant is not None:
         raise WeightsError(f"{path} holds fp16 and bf16 weights; choose one with variant='fp16'")
     return found[0]
+
+
+def is_quantized(folder: Path) -> bool:
+    """Whether a model folder holds quantized weights, the canonical file.
+
+    Raises:
+        WeightsError: it holds other weights as well.
+    """
+    file = folder / CANONICAL_FILE
+    if not file.is_file():
+        return False
+    if others := [name for stem in STEMS for name in folder.glob(f"{stem}*.safetensors*")]:
+        raise WeightsError(
+            f"{folder} holds quantized weights and {others[0].name}; keep them in two folders"
+        )
+    return True
 
 
 def _of_variant(folder: Path, variant: str | None) -> WeightFiles | None:
@@ -141,23 +166,32 @@ def trained_dtype(path: Path, variant: str | None = None) -> torch.dtype:
     The first of these that says something: ``trained_dtype`` in the manifest of the folder (or of
     the pipeline whose ``transformer`` it is), ``trained_dtype`` in the file's metadata,
     ``torch_dtype`` or ``dtype`` in ``config.json``, the variant of the file name (also of a twin
-    beside a float32 file), the stored format itself.
+    beside a float32 file), the stored format itself (of quantized layers that of λ).
     """
     found = weight_files(path, variant)
-    folder = found.files[0].parent
-    header = read_header(found.files[0])
-    for stated in (*_stated(folder, header), found.variant, *_twin_variants(folder)):
+    file = found.files[0]
+    for stated in (*_stated(file), found.variant, *_twin_variants(file.parent)):
         if stated is not None and str(stated).removeprefix("torch.") in DTYPES:
             return DTYPES[str(stated).removeprefix("torch.")]
-    stored = {v["dtype"] for k, v in header.items() if k != "__metadata__"} & DTYPES.keys()
+    ending = ".smooth" if file.name == CANONICAL_FILE else ""
+    entries = {k: v for k, v in read_header(file).items() if k != "__metadata__"}
+    stored = {v["dtype"] for k, v in entries.items() if k.endswith(ending)} & DTYPES.keys()
     return DTYPES[stored.pop()] if len(stored) == 1 else torch.float32
 
 
-def _stated(folder: Path, header: dict[str, Any]) -> Iterator[Any]:
+def file_metadata(file: Path) -> dict[str, Any]:
+    """What a weight file says about its weights; a canonical file says it in ``made_by``."""
+    if file.name == CANONICAL_FILE:
+        return dict(read_about(file)["made_by"])
+    return dict(read_header(file).get("__metadata__", {}))
+
+
+def _stated(file: Path) -> Iterator[Any]:
+    folder = file.parent
     for place in (folder, folder.parent) if folder.name == "transformer" else (folder,):
         if (place / MANIFEST).is_file():
             yield read_json(place / MANIFEST).get("trained_dtype")
-    yield header.get("__metadata__", {}).get("trained_dtype")
+    yield file_metadata(file).get("trained_dtype")
     if (folder / "config.json").is_file():
         config = read_json(folder / "config.json")
         yield config.get("torch_dtype")

@@ -12,7 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from gesso_core.errors import ConfigError, WeightsError
-from gesso_core.hub.checkpoint import load_state_dict, trained_dtype, weight_files
+from gesso_core.hub.checkpoint import (
+    file_metadata,
+    load_state_dict,
+    trained_dtype,
+    weight_files,
+)
 from gesso_core.hub.manifest import weights_hash
 from gesso_core.models.dc_ae import DCAE
 from gesso_core.models.dc_ae_config import DCAEConfig
@@ -22,7 +27,7 @@ from gesso_core.models.keys.sana import sana_keys
 from gesso_core.models.keys.translate import translate
 from gesso_core.models.sana import Sana
 from gesso_core.models.sana_config import SanaConfig
-from gesso_core.safe_files import read_header, read_json
+from gesso_core.safe_files import read_json
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -118,15 +123,16 @@ def dc_ae_config(path: Path) -> DCAEConfig:
 def require_its_autoencoder(transformer: Path, autoencoder: Path) -> None:
     """Refuse a denoiser that was trained on the latents of another autoencoder.
 
-    The denoiser's file states ``autoencoder_sha256`` in its metadata; without it all is allowed.
+    The denoiser's file states ``autoencoder_sha256`` in its metadata, a quantized one in its
+    account of how it was made; without it all is allowed.
     """
-    header = read_header(weight_files(_part(transformer, "transformer")).files[0])
-    expected = header.get("__metadata__", {}).get("autoencoder_sha256")
-    found = weights_hash(_part(autoencoder, "vae")) if expected else None
+    file = weight_files(_part(transformer, "transformer")).files[0]
+    expected = str(file_metadata(file).get("autoencoder_sha256") or "")
+    found = weights_hash(_part(autoencoder, "vae")) if expected else ""
     if expected != found:
         raise WeightsError(
             f"{transformer} was trained with the autoencoder {expected[:12]}…, but {autoencoder} "
-            f"is {str(found)[:12]}…; use the two folders of one release"
+            f"is {found[:12]}…; use the two folders of one release"
         )
 
 

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from gesso_core.errors import NumericalError, WeightsError
 from gesso_core.hub.checkpoint import MANIFEST, weight_files
+from gesso_core.quant.canonical import CANONICAL_FILE, read_canonical
 from gesso_core.safe_files import inside, read_header, read_json, read_tensors
 
 
@@ -62,6 +65,8 @@ def _report(folder: Path, name: str, expected: dict[str, Any] | None, deep: bool
             _compare(path, expected)
         if path.suffix == ".safetensors":
             read_header(path)
+            if path.name == CANONICAL_FILE:
+                read_canonical(path)
             if deep:
                 require_finite(path)
     except (WeightsError, NumericalError) as error:
@@ -86,11 +91,16 @@ def _compare(path: Path, expected: dict[str, Any]) -> None:
 def require_finite(path: Path) -> None:
     """Raise `NumericalError` naming the first tensor of a safetensors file with NaN or infinity."""
     for name, tensor in read_tensors(path).items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if tensor.is_floating_point() and not _widened(tensor).isfinite().all():
             raise NumericalError(
                 f"{name} in {path} has NaN or infinite values: a damaged file, or a training run "
                 "that diverged; use another checkpoint"
             )
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """8-bit floats as fp32: torch cannot look for infinity in them."""
+    return tensor.float() if tensor.element_size() == 1 else tensor
 
 
 def weights_hash(path: Path, variant: str | None = None) -> str:

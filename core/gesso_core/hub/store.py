@@ -13,13 +13,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from gesso_core.errors import Unavailable, UnsafeFile, WeightsError
-from gesso_core.hub.checkpoint import MANIFEST
+from gesso_core.hub.checkpoint import MANIFEST, is_quantized
 from gesso_core.hub.manifest import write_manifest
-from gesso_core.registry import ModelEntry, find
+from gesso_core.quant.canonical import CANONICAL_FILE, read_about
+from gesso_core.registry import MODELS, ModelEntry, find
 from gesso_core.safe_files import inside
 
 DEFAULT_STORE: Final = Path.home() / ".cache" / "gesso" / "models"
 SHIPPED: Final = Path(str(files("gesso_core") / "weights"))
+SHIPPED_LORAS: Final = SHIPPED / "loras"
 WANTED_SUFFIXES: Final = (".json", ".safetensors", ".model", ".txt")
 REVISION: Final = re.compile(r"[0-9A-Za-z][0-9A-Za-z._/-]*")
 # What of a published Sana pipeline is the text encoder.
@@ -28,11 +30,16 @@ TEXT_ENCODER_FOLDERS: Final = ("text_encoder", "tokenizer")
 
 @dataclass(frozen=True)
 class Parts:
-    """The folders that a text-to-image model is made of."""
+    """The folders that a text-to-image model is made of.
+
+    ``base`` keeps what the model knows of texts, its statistics and the names of known things: the
+    transformer's own folder, or that of the model which it was quantized from.
+    """
 
     transformer: Path
     autoencoder: Path
     text_encoder: Path
+    base: Path
 
 
 def resolve(
@@ -70,14 +77,36 @@ def resolve(
 def resolve_parts(
     name_or_path: str | Path, revision: str | None = None, store: Path = DEFAULT_STORE
 ) -> Parts:
-    """Transformer, autoencoder and text encoder: from one pipeline folder, or by their names."""
+    """Transformer, autoencoder and text encoder: from one pipeline folder, or by their names.
+
+    A folder of quantized weights alone takes the rest from the model that it was made from.
+    """
     folder = resolve(name_or_path, revision, store)
-    names = ("", "") if isinstance(name_or_path, Path) else _companions(find(name_or_path))
+    names, base = ("", ""), None
+    if not isinstance(name_or_path, Path):
+        entry = find(name_or_path)
+        names, base = _companions(entry), entry.base
+    elif source := quantized_from(folder):
+        names, base = _companions(source), source.name
+    transformer = folder / "transformer" if (folder / "transformer").is_dir() else folder
     return Parts(
-        transformer=folder / "transformer" if (folder / "transformer").is_dir() else folder,
+        transformer=transformer,
         autoencoder=_companion(folder, "vae", names[0], store),
         text_encoder=_companion(folder, "text_encoder", names[1], store),
+        base=transformer if base is None else _knowledge(find(base), transformer),
     )
+
+
+def quantized_from(folder: Path) -> ModelEntry | None:
+    """The registered model that a bare folder of quantized weights was made from."""
+    if not is_quantized(folder):
+        return None
+    return MODELS.get(str(read_about(folder / CANONICAL_FILE)["made_by"].get("model")))
+
+
+def _knowledge(base: ModelEntry, transformer: Path) -> Path:
+    """Only what ships has text statistics and names of known things beside its weights."""
+    return transformer if base.shipped is None else SHIPPED / base.shipped
 
 
 def _companions(entry: ModelEntry) -> tuple[str, str]:

@@ -10,6 +10,7 @@ from gesso_kernels.relu_linear_attention import relu_linear_attention
 from torch import Tensor, nn
 
 from gesso_core.layers.linear import Linear
+from gesso_core.layers.modulation import Modulation, modulated
 
 # B batch   N image tokens   L text tokens   D width   H heads   d channels of a head
 FP16_MAX = 65_504.0
@@ -32,9 +33,9 @@ class ReLULinearAttention(nn.Module):
         self.k_norm = nn.RMSNorm(width, eps=1e-5) if qk_norm else None
         self.out = Linear(width, width)
 
-    def forward(self, x_BND: Tensor) -> Tensor:
-        """(B, N, D) → (B, N, D)."""
-        q_BND, k_BND, v_BND = self.qkv(x_BND).chunk(3, dim=-1)
+    def forward(self, x_BND: Tensor, modulation: Modulation | None = None) -> Tensor:
+        """(B, N, D) → (B, N, D); ``modulation`` is applied to x first."""
+        q_BND, k_BND, v_BND = modulated(self.qkv, x_BND, modulation).chunk(3, dim=-1)
         if self.q_norm is not None and self.k_norm is not None:
             q_BND, k_BND = self.q_norm(q_BND), self.k_norm(k_BND)
         with torch.autocast(x_BND.device.type, enabled=False):  # autocast would undo the fp32 core

@@ -10,6 +10,7 @@ from gesso_kernels.depthwise_glu import depthwise_glu
 from torch import Tensor, nn
 
 from gesso_core.layers.linear import PointwiseConv, linear
+from gesso_core.layers.modulation import Modulation, modulated
 from gesso_core.lora.active import active_low_rank, low_rank_product
 
 
@@ -30,14 +31,19 @@ class MixFFN(nn.Module):
         self.depthwise = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden)
         self.project = PointwiseConv(hidden, width_out or width, bias=False)
 
-    def forward(self, x_BND: Tensor, height: int, width: int) -> Tensor:
-        """(B, h·w, D) row-major → (B, h·w, D)."""
+    def forward(
+        self, x_BND: Tensor, height: int, width: int, modulation: Modulation | None = None
+    ) -> Tensor:
+        """(B, h·w, D) row-major → (B, h·w, D); ``modulation`` is applied to x first."""
         grid = (height, width)
         if self.chunks > 1 and self._is_dense():
-            return self._in_chunks(x_BND, grid)
+            return self._in_chunks(x_BND if modulation is None else modulation(x_BND), grid)
         # The expanded tensor has no name here, so that it is gone before the gate is applied.
         gated_BNC = depthwise_glu(
-            self.expand(x_BND, "silu"), self.depthwise.weight, self.depthwise.bias, grid
+            modulated(self.expand, x_BND, modulation, "silu"),
+            self.depthwise.weight,
+            self.depthwise.bias,
+            grid,
         )
         out_BND: Tensor = self.project(gated_BNC)
         return out_BND

@@ -15,7 +15,6 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from gesso_kernels.modulated_norm import modulated_norm
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -24,6 +23,7 @@ from gesso_core.layers.attention import CrossAttention, ReLULinearAttention
 from gesso_core.layers.embeddings import PositionTable, ScalarEmbedding
 from gesso_core.layers.linear import Linear
 from gesso_core.layers.mix_ffn import MixFFN
+from gesso_core.layers.modulation import Modulation, modulated
 from gesso_core.models.sana_config import SANA_CONFIGS, SanaConfig
 from gesso_core.models.sana_text import (
     CaptionEmbedding,
@@ -73,10 +73,10 @@ class SanaBlock(nn.Module):
     ) -> Tensor:
         """(B, N, D) → (B, N, D) on a token grid of (rows, columns)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.table + modulation_B6D).chunk(6, dim=1)
-        attended = self.attention(modulated_norm(x_BND, shift1, scale1, self.norm_eps))
+        attended = self.attention(x_BND, Modulation(shift1, scale1, self.norm_eps))
         x_BND = torch.addcmul(x_BND, gate1, attended)
         x_BND = x_BND + self.cross(x_BND, keys_values, bias_B11L)
-        mixed = self.ffn(modulated_norm(x_BND, shift2, scale2, self.norm_eps), *grid)
+        mixed = self.ffn(x_BND, *grid, Modulation(shift2, scale2, self.norm_eps))
         return torch.addcmul(x_BND, gate2, mixed)
 
 
@@ -91,8 +91,7 @@ class SanaHead(nn.Module):
     def forward(self, x_BND: Tensor, embedding_BD: Tensor) -> Tensor:
         """The raw embedding of the time, not the blocks' modulation, shifts and scales here."""
         shift, scale = (self.table + embedding_BD[:, None]).chunk(2, dim=1)
-        patches: Tensor = self.linear(modulated_norm(x_BND, shift, scale, 1e-6))
-        return patches
+        return modulated(self.linear, x_BND, Modulation(shift, scale, 1e-6))
 
 
 class Sana(nn.Module):

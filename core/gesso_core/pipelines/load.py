@@ -5,12 +5,15 @@ from pathlib import Path
 from typing import Final
 
 import torch
+from gesso_kernels.modes import Budget, Mode
 
 from gesso_core.errors import ConfigError, WeightsError
 from gesso_core.hub import (
     DEFAULT_STORE,
     Parts,
+    is_quantized,
     load_sana,
+    quantized_from,
     require_its_autoencoder,
     resolve_parts,
     trained_dtype,
@@ -19,10 +22,12 @@ from gesso_core.hub import (
 from gesso_core.hub.checkpoint import MANIFEST
 from gesso_core.hub.load import dc_ae_config
 from gesso_core.models.dc_ae_config import DCAEConfig
+from gesso_core.models.sana import Sana
 from gesso_core.models.sana_config import SanaConfig
 from gesso_core.pipelines.autoencoder import Autoencoder
 from gesso_core.pipelines.denoiser import Denoiser, Identity
 from gesso_core.pipelines.recipe import Canvas
+from gesso_core.quant.load import load_quantized_sana, quantized_summary, weight_bytes
 from gesso_core.registry import ModelEntry, find
 from gesso_core.safe_files import read_json
 from gesso_core.sampling.aspect_ratio import aspect_table
@@ -45,17 +50,27 @@ def load_denoiser(
     device: str = "cpu",
     store: Path = DEFAULT_STORE,
     name: str | None = None,
+    lora_folder: Path | None = None,
+    quantized_mode: Mode | None = None,
+    memory_budget: Budget = "8bit",
 ) -> Denoiser:
     """Denoiser and text encoder; of the autoencoder only the configuration is read.
 
     ``dtype``: by default what the weights were trained for on a GPU, float32 on a CPU. ``name``
-    is what a folder shall be called, by default what it is called.
+    is what a folder shall be called, by default what it is called. ``lora_folder`` has the files
+    that a request may name in ``loras``. ``quantized_mode`` and ``memory_budget`` are for quantized
+    weights (see `load_quantized_sana`); others are loaded as ever.
     """
     parts = resolve_parts(name_or_folder, store=store)
     require_its_autoencoder(parts.transformer, parts.autoencoder)
     if dtype is None:
         dtype = torch.float32 if device == "cpu" else trained_dtype(parts.transformer)
-    model = load_sana(parts.transformer, dtype).to(device)
+    if is_quantized(parts.transformer):
+        model = load_quantized_sana(
+            parts.transformer, mode=quantized_mode, budget=memory_budget, dtype=dtype, device=device
+        )
+    else:
+        model = load_sana(parts.transformer, dtype).to(device)
     canvas_config = dc_ae_config(parts.autoencoder)
     if model.config.sample_size * canvas_config.spatial_compression_ratio >= CHUNKED_FROM:
         model.chunk_ffn(CHUNKS)
@@ -71,8 +86,9 @@ def load_denoiser(
             patch=model.config.patch_size,
         ),
         scaling_factor=canvas_config.scaling_factor,
-        identity=_identity(parts.transformer),
-        domain=Domain.from_folder(parts.transformer, text_encoder),
+        identity=_identity(parts.transformer, model),
+        domain=Domain.from_folder(parts.base, text_encoder),
+        lora_folder=lora_folder,
     )
 
 
@@ -95,7 +111,7 @@ def _load_text_encoder(parts: Parts, device: str) -> TextEncoder:
     folder = pipeline / "text_encoder" if (pipeline / "text_encoder").is_dir() else pipeline
     kind = read_json(folder / "config.json").get("model_type")
     if kind == "smollm2-text-encoder":
-        stats = parts.transformer / TEXT_STATS
+        stats = parts.base / TEXT_STATS
         return SmolLM2Encoder.from_folder(folder, stats if stats.is_file() else None)
     if kind == "gemma2":
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
@@ -121,7 +137,7 @@ def _check_fit(
         )
 
 
-def _identity(transformer: Path) -> Identity:
+def _identity(transformer: Path, model: Sana) -> Identity:
     """Revision as recorded when the model was pulled; what ships has that of the package."""
     revision = "shipped"
     for folder in (transformer, transformer.parent):
@@ -129,7 +145,13 @@ def _identity(transformer: Path) -> Identity:
             manifest = read_json(folder / MANIFEST)
             revision = str(manifest.get("commit") or manifest.get("revision") or revision)
             break
-    return Identity(revision=revision, weights_sha256=weights_hash(transformer))
+    summary = quantized_summary(model)
+    return Identity(
+        revision=revision,
+        weights_sha256=weights_hash(transformer),
+        quantization="none" if summary is None else str(summary),
+        weight_bytes=weight_bytes(model),
+    )
 
 
 def _entry(
@@ -139,9 +161,16 @@ def _entry(
     sana: SanaConfig,
     dc_ae: DCAEConfig,
 ) -> ModelEntry:
-    """What the registry says, or, for a folder, what its configurations imply."""
+    """What the registry says, or, for a folder, what its configurations imply.
+
+    A folder of quantized weights alone is used like the model that it was made from.
+    """
     if not isinstance(name_or_folder, Path):
         return find(name_or_folder)
+    if source := quantized_from(name_or_folder):
+        return replace(
+            source, name=name or name_or_folder.name, summary=f"from {name_or_folder}", shipped=None
+        )
     size = sana.sample_size * dc_ae.spatial_compression_ratio
     entry = ModelEntry(
         name=name or name_or_folder.name,

@@ -88,7 +88,7 @@ def read_about(path: Path) -> dict[str, Any]:
     if text is None:
         raise WeightsError(
             f"{path} has no {METADATA_KEY!r} metadata, so it is not a canonical quantized file; "
-            "import other formats with: gesso quantize import"
+            "import other formats with: gesso models import-quantized"
         )
     try:
         about = json.loads(text)

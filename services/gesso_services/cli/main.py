@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from gesso_services.cli import doctor, jobs, models, pictures, up
+from gesso_services.cli import doctor, jobs, models, pictures, quantize, up
 from gesso_services.cli.common import out
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app.command(rich_help_panel=START)(up.provision)
 app.command(rich_help_panel=START)(up.deploy)
 app.command(rich_help_panel=PAINT)(pictures.generate)
 app.command(rich_help_panel=PAINT)(pictures.reconstruct)
+app.command(rich_help_panel=LOOK)(quantize.quantize)
 app.add_typer(models.app, name="models", rich_help_panel=LOOK)
 app.add_typer(jobs.app, name="jobs", rich_help_panel=LOOK)
 app.command(rich_help_panel=LOOK)(doctor.doctor)

@@ -8,6 +8,7 @@ from gesso_core.errors import GessoError, WeightsError
 from gesso_core.registry import MODELS, ModelEntry
 from rich.table import Table
 
+from gesso_services.cli import quantized_files
 from gesso_services.cli.common import complain, err, one_sentence, out
 
 app = typer.Typer(no_args_is_help=True, help="List, pull, verify and convert models.")
@@ -67,6 +68,10 @@ def convert(
     with err.status(f"converting {source.name}"):
         keys = hub.convert_pickle(source, target)
     out.print(f"{target}  {len(keys)} tensors", highlight=False, soft_wrap=True)
+
+
+app.command("import-quantized")(quantized_files.import_quantized)
+app.command("export-quantized")(quantized_files.export_quantized)
 
 
 def _where(entry: ModelEntry) -> str:

@@ -9,7 +9,7 @@ import time
 from typing import Annotated
 
 from fastapi import Depends, Request
-from gesso_contracts import AskReady, ServiceReady
+from gesso_contracts import AskReady, ModelInUse, ServiceReady
 from gesso_core.errors import GessoError, InvalidRequest, UnknownModel
 from gesso_core.registry import MODELS, ModelEntry, Task
 
@@ -30,6 +30,7 @@ class Catalog:
     def __init__(self, fabric: Fabric) -> None:
         self.fabric = fabric
         self._served: dict[str, list[str]] = {}
+        self._in_use: dict[str, ModelInUse] = {}
         self._asked_at: dict[str, float] = {}
 
     async def health(self, service: str) -> ServiceHealth:
@@ -47,6 +48,7 @@ class Catalog:
             return ServiceHealth(ready=False, detail=error.message)
         if answer.models:
             self._served[service] = answer.models
+        self._in_use |= answer.in_use
         detail = f"{answer.running} of {answer.slots} slots are busy"
         return ServiceHealth(ready=answer.ready, models=answer.models, detail=detail)
 
@@ -73,6 +75,11 @@ class Catalog:
         if name not in models:
             raise UnknownModel(name, models)
         return models[name]
+
+    def describe(self, entry: ModelEntry) -> Model:
+        """The entry as ``/v1/models`` shows it, with what its service says of it."""
+        in_use = self._in_use.get(entry.name)
+        return describe(entry).model_copy(update=in_use.model_dump() if in_use else {})
 
     async def _refresh(self, service: str) -> None:
         age = time.monotonic() - self._asked_at.get(service, float("-inf"))

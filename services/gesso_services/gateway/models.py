@@ -5,7 +5,7 @@ from gesso_contracts.base import ModelName
 from gesso_core.errors import UnknownModel
 
 from gesso_services.gateway.auth import Caller
-from gesso_services.gateway.catalog import Models, describe
+from gesso_services.gateway.catalog import Models
 from gesso_services.gateway.problems import documented
 from gesso_services.gateway.schemas import Model, ModelList
 
@@ -30,4 +30,4 @@ async def get_model(model: ModelName, _: Caller, models: Models) -> Model:
 async def _all(models: Models) -> list[Model]:
     painters = await models.models("text-to-image")
     coders = await models.models("autoencoder")
-    return [describe(entry) for entry in (*painters.values(), *coders.values())]
+    return [models.describe(entry) for entry in (*painters.values(), *coders.values())]

@@ -61,6 +61,12 @@ class Metrics:
             buckets=BATCH_SIZES,
             registry=self.registry,
         )
+        self._weights = Gauge(
+            "gesso_model_weight_bytes",
+            "memory of a loaded model's weights; 'quantization' names format and mode",
+            ["service", "model", "quantization"],
+            registry=self.registry,
+        )
         self._calls = Histogram(
             "gesso_rpc_seconds",
             "from arrival of a call to its answer",
@@ -91,6 +97,10 @@ class Metrics:
     def call(self, verb: str, code: str, seconds: float) -> None:
         """A call was answered; ``code`` is 'ok' or the code of the problem."""
         self._calls.labels(self.service, verb, code).observe(seconds)
+
+    def model_loaded(self, model: str, quantization: str, weight_bytes: int) -> None:
+        """A model is in memory."""
+        self._weights.labels(self.service, model, quantization).set(weight_bytes)
 
     def backlog(self, jobs: int) -> None:
         """How many jobs wait or run for this service, over all replicas."""

@@ -168,6 +168,7 @@ class ServiceHost:
             models=list(self.spec.models),
             slots=self.spec.settings.slots,
             running=self.worker.running if self.worker else 0,
+            in_use=dict(self.spec.in_use()),
         )
 
     async def _answer_metrics(self, _: messages.AskMetrics) -> messages.MetricsText:

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from gesso_contracts import operations
+from gesso_contracts import ModelInUse, operations
 from gesso_contracts.base import Message
 
 from gesso_services.runtime import rpc
@@ -58,6 +58,7 @@ class ServiceSpec:
     ``rpc`` maps verbs and ``jobs`` maps kinds to handlers; the messages are those of
     ``operations`` unless ``messages`` names others as ``{verb or kind: (request, reply)}``.
     ``start`` loads; ``warm_up`` sends a real request through a real handler; ``stop`` lets go.
+    ``in_use`` tells, once loaded, how the models compute and what they take.
     """
 
     name: str
@@ -69,6 +70,7 @@ class ServiceSpec:
     warm_up: Callable[[ServiceContext], Awaitable[None]] = _nothing_to_do
     stop: Callable[[], Awaitable[None]] = _nothing_to_stop
     models: tuple[str, ...] = ()
+    in_use: Callable[[], Mapping[str, ModelInUse]] = dict
 
     def endpoints(self) -> dict[str, Endpoint]:
         """The verbs of this service with their messages."""

@@ -1,0 +1,157 @@
+"""``gesso quantize`` as a person types it, on the model that ships; and files of other tools."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gesso_core.pipelines.pictures import decode_picture
+from gesso_core.quant.canonical import CANONICAL_FILE, read_canonical
+from gesso_core.quant.report import load_report
+from gesso_services.cli import quantize as command
+from gesso_services.cli.main import app
+from typer.testing import CliRunner, Result
+
+PROMPTS = "a red apple\nan owl on a blue background, 3D style\n\na rocket\na birthday cake\n"
+QUICK = ("--rank", "8", "--steps", "1", "--prompts", "prompts.txt")
+
+
+def gesso(*words: str) -> Result:
+    # A wide terminal, so that sentences are not broken into lines.
+    return CliRunner().invoke(app, words, env={"COLUMNS": "300", "TERM": "dumb"})
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text(PROMPTS)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def int4(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """The shipped model quantized, and what the command said."""
+    folder = tmp_path_factory.mktemp("quantized")
+    (folder / "prompts.txt").write_text(PROMPTS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        words = ("--to", "int4", "--out", "small", "--plot", "errors.png", *QUICK)
+        return folder / "small", gesso("quantize", "sana-tiny", *words)
+
+
+def failed(result: Result, *words: str) -> None:
+    assert result.exit_code == 1, result.output
+    assert "Traceback" not in result.output
+    for word in words:
+        assert word in result.stderr, result.stderr
+
+
+def test_it_writes_the_model_and_ends_with_the_errors_of_the_layers(
+    int4: tuple[Path, Result],
+) -> None:
+    folder, result = int4
+    assert result.exit_code == 0, result.output
+    report = load_report(folder)
+    assert len(report.layers) == 56
+    assert report.markdown() in result.stdout
+    assert "gesso generate --local --model small" in result.stdout
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json",
+        CANONICAL_FILE,
+        "quantization_report.json",
+        "quantization_report.md",
+    }
+    assert (folder.parent / "errors.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_quantized_folder_paints(int4: tuple[Path, Result], here: Path) -> None:
+    words = ("--local", "--model", str(int4[0]), "--steps", "2", "--seed", "3", "-o", "a.png")
+    result = gesso("generate", "a red apple", *words)
+    assert result.exit_code == 0, result.output
+    assert decode_picture((here / "a.png").read_bytes()).shape == (64, 64, 3)
+    assert gesso("models", "verify", str(int4[0]), "--deep").exit_code == 0
+
+
+def test_the_same_command_again_is_done_at_once_and_another_is_refused(
+    int4: tuple[Path, Result], here: Path
+) -> None:
+    words = ("quantize", "sana-tiny", "--out", str(int4[0]), *QUICK)
+    again = gesso(*words, "--to", "int4")
+    assert again.exit_code == 0, again.output
+    assert load_report(int4[0]).markdown() in again.stdout
+    failed(gesso(*words, "--to", "w8a8"), "to int4 instead of w8a8", "--fresh")
+    failed(gesso(*words, "--to", "int4", "--keep-cross-kv"), "layers sana instead of")
+
+
+def test_stopped_by_hand_it_says_that_it_can_go_on(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(self: object, *_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command._Lines, "show", stop)
+    result = gesso("quantize", "sana-tiny", "--to", "nvfp4", *QUICK)
+    assert result.exit_code == 130
+    assert "the same command goes on from here" in result.stderr
+    assert (here / "sana-tiny-nvfp4" / ".work").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("sanna", "--to", "int4"), "unknown model 'sanna'"),
+        (("dcae-tiny", "--to", "int4"), "expected text-to-image"),
+        (("sana-1.6b-1024", "--to", "int4"), "gesso models pull"),
+        (("sana-tiny", "--to", "int4", "--prompts", "none.txt"), "none.txt cannot be read"),
+        (("sana-tiny", "--to", "int4", "--rank", "500"), "at most 160"),
+        (("sana-tiny", "--to", "int4", "--plot", "errors.pdf"), "must end in .png"),
+        (("sana-tiny", "--to", "int4", "--captured", "."), "give another folder"),
+    ],
+    ids=lambda value: " ".join(value)[:40],
+)
+def test_an_error_is_one_sentence(here: Path, words: tuple[str, ...], sentence: str) -> None:
+    quick = () if "--prompts" in words else QUICK[2:]
+    failed(gesso("quantize", *words, *quick), sentence)
+
+
+def test_an_unknown_format_is_refused_by_the_command_line(here: Path) -> None:
+    result = gesso("quantize", "sana-tiny", "--to", "int3")
+    assert result.exit_code == 2
+    assert "nvfp4" in result.output
+
+
+def test_a_folder_pipeline_says_where_its_result_belongs(here: Path, tiny_pipeline: Path) -> None:
+    words = ("--to", "int4", "--out", "out", *QUICK, "--keep-cross-kv")
+    result = gesso("quantize", str(tiny_pipeline), *words)
+    assert result.exit_code == 0, result.output
+    assert f"in the place of {tiny_pipeline / 'transformer'}" in result.stdout
+
+
+@pytest.mark.parametrize("file_format", ["nunchaku-v1", "nunchaku-v2"])
+def test_a_model_goes_out_to_nunchaku_and_comes_back(
+    here: Path, tiny_pipeline: Path, file_format: str
+) -> None:
+    quantized = ("--to", "int4", "--out", "ours", *QUICK, "--keep-cross-kv")
+    assert gesso("quantize", str(tiny_pipeline), *quantized).exit_code == 0
+    theirs = "theirs.safetensors"
+    exported = gesso("models", "export-quantized", "ours", theirs, "--format", file_format)
+    assert exported.exit_code == 0, exported.output
+    assert f"12 quantized layers, as {file_format}" in exported.stdout
+    imported = gesso("models", "import-quantized", theirs, "back", "--model", "sana-tiny")
+    assert imported.exit_code == 0, imported.output
+    ours, back = (read_canonical(Path(name, CANONICAL_FILE)) for name in ("ours", "back"))
+    assert back.made_by["model"] == "sana-tiny"
+    assert ours.layers.keys() == back.layers.keys()
+    for name, layer in ours.layers.items():
+        assert layer.codes.equal(back.layers[name].codes), name
+        assert layer.scale.equal(back.layers[name].scale), name
+    assert (here / "back" / "config.json").is_file()
+    failed(gesso("models", "import-quantized", theirs, "back"), "is there already")
+    failed(gesso("models", "export-quantized", "ours", theirs), "is there already")
+    lite = gesso("models", "export-quantized", "ours", "lite", "--format", "nunchaku-lite")
+    failed(lite, "export this model as nunchaku-v1")
+
+
+def test_a_file_of_no_known_format_is_told(here: Path, tiny_pipeline: Any) -> None:
+    file = tiny_pipeline / "transformer" / "diffusion_pytorch_model.safetensors"
+    failed(gesso("models", "import-quantized", str(file), "out"), "no quantized layers")
+    assert not (here / "out").exists()
