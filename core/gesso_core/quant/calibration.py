@@ -252,7 +252,12 @@ class _Recorder:
 
     def _hook(self, name: str, rule: LayerRule) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            x: Tensor = arguments[0].detach()
+            if rule.measure == "parent":
+                entries = parent_inputs(module, arguments)
+                x = entries["x"]
+            else:
+                x = arguments[0].detach()
+                entries = {"x": x.flatten(0, -2)}
             maxima_K = x.flatten(0, -2).abs().amax(dim=0).float()
             if not bool(maxima_K.isfinite().all()):
                 raise NumericalError(
@@ -261,10 +266,6 @@ class _Recorder:
                 )
             known = self.maxima.get(name)
             self.maxima[name] = maxima_K if known is None else torch.maximum(known, maxima_K)
-            if rule.measure == "parent":
-                entries = parent_inputs(module, arguments)
-            else:
-                entries = {"x": x.flatten(0, -2)}
             self._writer(name, rule, entries).add(entries)
 
         return hook

@@ -56,6 +56,7 @@ class Gateway:
         # asyncio turns Nagle's delay off only where the protocol is named.
         self.socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         self.socket.bind(("127.0.0.1", 0))
+        self.socket.listen()  # who comes before the server is up waits instead of being refused
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
         self._server = uvicorn.Server(
             uvicorn.Config(self.app, log_level="warning", timeout_graceful_shutdown=1)
