@@ -150,6 +150,7 @@ class ModelInUse(Message):
         default="none", max_length=100, description="format, rank and mode of quantized weights"
     )
     weight_bytes: int = Field(ge=0)
+    native_size: int = Field(ge=1, description="pixels along one side of what it draws best")
 
 
 class ServiceReady(Message):

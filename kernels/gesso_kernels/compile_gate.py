@@ -9,8 +9,8 @@ Each kernel file offers ``compile_specs()``. A build breaks its budget when it
 * needs more registers than one program may have, or than its spec allows to a thread,
 * lacks the instruction that its spec expects (the tensor core of that architecture).
 
-Pointers and integers are declared multiples of 16, which is how Triton specializes the shapes of
-these models at launch. Exit status: 0, or 1 with the reasons on stderr.
+Pointers, and integers that a kernel specializes on, are declared multiples of 16, which is how
+Triton finds the shapes of these models at launch. Exit status: 0, or 1 with the reasons on stderr.
 """
 
 import argparse
@@ -122,7 +122,8 @@ def compile_one(spec: CompileSpec, arch: int) -> Build:
     attributes = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(names)
-        if signature[name].startswith("*") or re.fullmatch(r"[iu]\d+", signature[name])
+        if (signature[name].startswith("*") or re.fullmatch(r"[iu]\d+", signature[name]))
+        and not spec.kernel.params[index].do_not_specialize
     }
     source = ASTSource(spec.kernel, signature, dict(spec.constexprs), attributes)
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}

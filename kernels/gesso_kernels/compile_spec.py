@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-# Compute capabilities that the kernels are written for; FP8 exists from 89 on.
+# Compute capabilities that the kernels are written for.
 ARCHS: Final = (80, 86, 89, 90, 100, 103, 120, 121)
-ARCHS_FP8: Final = tuple(arch for arch in ARCHS if arch >= 89)
 
 # Triton's names of tensor arguments, by the last part of the torch dtype.
 POINTERS: Final[Mapping[str, str]] = {

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gesso_kernels.compile_spec import CompileSpec
 from gesso_kernels.device_functions import silu
-from gesso_kernels.dispatch import calls_op
+from gesso_kernels.dispatch import calls_op, on_its_device
 from gesso_kernels.gated_silu import gated_silu
 from gesso_kernels.triton_import import tl, triton
 
@@ -71,7 +71,7 @@ def _add_row(total, tokens, taps):  # type: ignore[no-untyped-def]
     return tl.fma(tokens[2], taps[2], total)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["rows", "columns"])  # type: ignore[untyped-decorator]
 def _depthwise_glu_kernel(  # type: ignore[no-untyped-def]
     x,
     weight,
@@ -146,6 +146,7 @@ def compile_specs() -> list[CompileSpec]:
     ]
 
 
+@on_its_device
 def depthwise_glu_triton(
     x_BNE: Tensor, weight_E133: Tensor, bias_E: Tensor | None, grid: tuple[int, int]
 ) -> Tensor:
@@ -165,7 +166,7 @@ def depthwise_glu_triton(
     _depthwise_glu_kernel[(triton.cdiv(both // 2, CHANNELS), tiles, batch)](
         x,
         tap_major(weight_E133),
-        x if bias_E is None else bias_E,
+        None if bias_E is None else bias_E.contiguous(),
         y_BNC,
         rows,
         columns,

@@ -9,6 +9,7 @@ registers as the first operand of the tensor core.
 
 # M tokens   N rows of the weight   K columns   R rank   S parts of a split K
 
+from functools import cache, lru_cache
 from typing import Final, Literal, get_args
 
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gesso_kernels.device_functions import gelu_tanh, silu
+from gesso_kernels.dispatch import compiled_rank
 from gesso_kernels.errors import UnsupportedMode
 from gesso_kernels.tables import Tile, lookup_tile
 from gesso_kernels.triton_import import tl, triton
@@ -78,7 +80,7 @@ def require_arch(like: Tensor, oldest: tuple[int, int], what: str, best: str) ->
         what: the product in words.
         best: the mode to use instead.
     """
-    if like.is_cuda and (arch := torch.cuda.get_device_capability(like.device)) < oldest:
+    if like.is_cuda and (arch := _arch_and_cores(like.get_device())[0]) < oldest:
         raise UnsupportedMode(
             f"sm_{arch[0]}{arch[1]} has no {what}, which needs sm_{oldest[0]}{oldest[1]} or newer; "
             f"use the mode {best}"
@@ -87,13 +89,35 @@ def require_arch(like: Tensor, oldest: tuple[int, int], what: str, best: str) ->
 
 def tile_for(kernel: str, like: Tensor, tokens: int, rows: int, columns: int) -> Tile:
     """The tile from the table of the device of ``like``, its ``block_k`` a divisor of K."""
-    if like.is_cuda:
-        tile = lookup_tile(kernel, torch.cuda.get_device_capability(like.device), tokens, rows)
-        cores = torch.cuda.get_device_properties(like.device).multi_processor_count
-        tile = tile.filling(tokens, rows, cores)
-    else:
-        tile = _INTERPRETER_TILE
-    return tile.dividing(columns)
+    if not like.is_cuda:
+        return _INTERPRETER_TILE.dividing(columns)
+    return _tile_on(*_arch_and_cores(like.get_device()), kernel, tokens, rows, columns)
+
+
+@cache
+def _arch_and_cores(device: int) -> tuple[tuple[int, int], int]:
+    facts = torch.cuda.get_device_properties(device)
+    return (facts.major, facts.minor), facts.multi_processor_count
+
+
+@lru_cache(maxsize=4096)
+def _tile_on(
+    arch: tuple[int, int], cores: int, kernel: str, tokens: int, rows: int, columns: int
+) -> Tile:
+    return lookup_tile(kernel, arch, tokens, rows).filling(tokens, rows, cores).dividing(columns)
+
+
+def epilogue_of(
+    up_NR: Tensor, bias_N: Tensor | None, activation: str
+) -> dict[str, int | bool | str]:
+    """Keyword arguments of a launch for `finish_tile`."""
+    rank = up_NR.shape[1]
+    return {
+        "rank": rank,
+        "RANK": compiled_rank(rank),
+        "HAS_BIAS": bias_N is not None,
+        "ACTIVATION": activation,
+    }
 
 
 def programs(tile: Tile, tokens: int, rows: int) -> int:
@@ -135,21 +159,25 @@ def finish_tile(  # type: ignore[no-untyped-def]
     tile_n,
     tokens,
     rows,
+    rank,
     RANK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
-    """Branch, bias, activation and store of one fp32 tile ``acc`` [BLOCK_N, BLOCK_M]."""
+    """Branch, bias, activation and store of one fp32 tile ``acc`` [BLOCK_N, BLOCK_M].
+
+    RANK is `compiled_rank` of ``rank``.
+    """
     BLOCK_N: tl.constexpr = acc.shape[0]
     BLOCK_M: tl.constexpr = acc.shape[1]
     CHUNK: tl.constexpr = 16 if RANK <= 16 else 32
-    low_base, low_line = offsets_in_tile(tile_m, tokens, RANK, BLOCK_M)
-    up_base, up_line = offsets_in_tile(tile_n, rows, RANK, BLOCK_N)
+    low_base, low_line = offsets_in_tile(tile_m, tokens, rank, BLOCK_M)
+    up_base, up_line = offsets_in_tile(tile_n, rows, rank, BLOCK_N)
     for start in tl.range(0, RANK, CHUNK, num_stages=1):
         r = start + tl.arange(0, CHUNK)
-        up_tile = tl.load(up + up_base + up_line[:, None] + r[None, :], (r < RANK)[None, :], 0.0)
+        up_tile = tl.load(up + up_base + up_line[:, None] + r[None, :], (r < rank)[None, :], 0.0)
         low_at = low_rank + low_base + low_line[None, :] + r[:, None]
-        low_tile = tl.load(low_at, (r < RANK)[:, None], 0.0)
+        low_tile = tl.load(low_at, (r < rank)[:, None], 0.0)
         acc = tl.dot(up_tile, low_tile.to(up.dtype.element_ty), acc)
     row = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     if HAS_BIAS:
@@ -165,7 +193,7 @@ def finish_tile(  # type: ignore[no-untyped-def]
     tl.store(y_at, tl.trans(acc).to(y.dtype.element_ty), inside)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["tokens"])  # type: ignore[untyped-decorator]
 def finish_parts_kernel(  # type: ignore[no-untyped-def]
     parts,
     low_rank,
@@ -174,6 +202,7 @@ def finish_parts_kernel(  # type: ignore[no-untyped-def]
     y,
     tokens,
     rows,
+    rank,
     PARTS: tl.constexpr,
     RANK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -190,7 +219,7 @@ def finish_parts_kernel(  # type: ignore[no-untyped-def]
     for part in range(PARTS):
         acc += tl.load(at + tl.cast(part, tl.int64) * tokens * rows)
     finish_tile(
-        acc, low_rank, up, bias, y, tile_m, tile_n, tokens, rows, RANK, HAS_BIAS, ACTIVATION
+        acc, low_rank, up, bias, y, tile_m, tile_n, tokens, rows, rank, RANK, HAS_BIAS, ACTIVATION
     )
 
 

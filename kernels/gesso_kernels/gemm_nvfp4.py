@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from gesso_kernels.compile_spec import CompileSpec
-from gesso_kernels.dispatch import calls_op
+from gesso_kernels.dispatch import calls_op, on_its_device
 from gesso_kernels.gemm_epilogue import (
     Activation,
+    epilogue_of,
     finish_ref,
     finish_tile,
     offsets_in_tile,
@@ -58,7 +59,7 @@ def dequantize_nvfp4(codes: Tensor, scale: Tensor) -> Tensor:
     return (values * scale.float()[..., None]).flatten(1)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["tokens"])  # type: ignore[untyped-decorator]
 def _nvfp4_kernel(  # type: ignore[no-untyped-def]
     codes,
     scale,
@@ -72,6 +73,8 @@ def _nvfp4_kernel(  # type: ignore[no-untyped-def]
     tokens,
     rows,
     row_bytes,
+    rank,
+    ALPHA_STEP: tl.constexpr,
     RANK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -104,12 +107,13 @@ def _nvfp4_kernel(  # type: ignore[no-untyped-def]
         scale += GROUPS
         weight_scale += GROUPS
     row = tl.minimum(tile_n * BLOCK_N + tl.arange(0, BLOCK_N), rows - 1)
-    out = acc * tl.load(alpha + row)[:, None]
+    out = acc * tl.load(alpha + row * ALPHA_STEP)[:, None]
     finish_tile(
-        out, low_rank, up, bias, y, tile_m, tile_n, tokens, rows, RANK, HAS_BIAS, ACTIVATION
+        out, low_rank, up, bias, y, tile_m, tile_n, tokens, rows, rank, RANK, HAS_BIAS, ACTIVATION
     )
 
 
+@on_its_device
 def gemm_nvfp4_triton(
     codes: Tensor,
     scale_MG: Tensor,
@@ -133,23 +137,23 @@ def gemm_nvfp4_triton(
     y_MN = up_NR.new_empty((tokens, rows), dtype=out_dtype)
     if not y_MN.numel():
         return y_MN
+    require_arch(weight, (10, 0), "FP4 product", "w8a8_fp8 from sm_89 on and w4a16 before")
     tile = (tile or tile_for("gemm_nvfp4", codes, tokens, rows, columns)).dividing(columns)
     _nvfp4_kernel[(programs(tile, tokens, rows),)](
         codes.contiguous(),
         scale_MG.contiguous(),
         weight.contiguous(),
         weight_scale_NG.contiguous(),
-        alpha.expand(rows).contiguous(),
+        alpha.contiguous(),
         low_rank_MR.contiguous(),
         up_NR.contiguous(),
-        bias_N,
+        None if bias_N is None else bias_N.contiguous(),
         y_MN,
         tokens,
         rows,
         columns // 2,
-        RANK=up_NR.shape[1],
-        HAS_BIAS=bias_N is not None,
-        ACTIVATION=activation,
+        ALPHA_STEP=int(alpha.numel() > 1),
+        **epilogue_of(up_NR, bias_N, activation),
         **tile.launch(),
     )
     return y_MN
@@ -169,7 +173,7 @@ def compile_specs() -> list[CompileSpec]:
         **EPILOGUE_SIGNATURE,
         "row_bytes": "i32",
     }
-    return specs_of("gemm_nvfp4", _nvfp4_kernel, signature, _SASS)
+    return specs_of("gemm_nvfp4", _nvfp4_kernel, signature, _SASS, ALPHA_STEP=0)
 
 
 def _run(
@@ -250,7 +254,10 @@ def gemm_nvfp4(
         "bias_N": (bias_N, (rows,)),
     }
     require_product(columns, shapes, activation)
-    require_arch(weight, (10, 0), "FP4 product", "w8a8_fp8 from sm_89 on and w4a16 before")
     quantized = (codes, scale_MG, weight, weight_scale_NG, alpha)
-    call = _op if calls_op(*quantized, low_rank_MR, up_NR, bias_N) else _run
-    return call(*quantized, low_rank_MR, up_NR, bias_N, activation, out_dtype)
+    if calls_op(*quantized, low_rank_MR, up_NR, bias_N):
+        y_MN: Tensor = _op(*quantized, low_rank_MR, up_NR, bias_N, activation, out_dtype)
+        return y_MN
+    return gemm_nvfp4_ref(
+        *quantized, low_rank_MR, up_NR, bias_N, activation=activation, out_dtype=out_dtype
+    )

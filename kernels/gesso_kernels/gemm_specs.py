@@ -15,8 +15,9 @@ EPILOGUE_SIGNATURE: Final = {
     "y": "*bf16",
     "tokens": "i32",
     "rows": "i32",
+    "rank": "i32",
 }
-_FAMILIES: Final = (80, 90, 100, 120)
+_FAMILIES: Final = (80, 90, 100, 103, 120)
 _EPILOGUE: Final = {"RANK": 32, "HAS_BIAS": True, "ACTIVATION": "silu"}
 
 
@@ -49,19 +50,29 @@ def specs_of(
         )
         for tile, archs in _users(name).items()
     ]
-    return [*specs, _bare(specs[0])]
+    return [*specs, _bare(specs[0]), _widest(specs)]
 
 
 def _bare(spec: CompileSpec) -> CompileSpec:
-    """One token, which Triton turns into a constant at launch, and no branch, bias, activation."""
+    """Without branch, bias and activation."""
     return replace(
         spec,
         name=f"{spec.name}-bare",
-        signature={name: kind for name, kind in spec.signature.items() if name != "tokens"},
-        constexprs=dict(spec.constexprs)
-        | {"tokens": 1, "RANK": 0, "HAS_BIAS": False, "ACTIVATION": "none"},
+        constexprs=dict(spec.constexprs) | {"RANK": 0, "HAS_BIAS": False, "ACTIVATION": "none"},
         archs=spec.archs[-1:],
     )
+
+
+def _widest(specs: list[CompileSpec]) -> CompileSpec:
+    """The largest tile with the longest branch, which runs in several steps."""
+    largest = max(specs, key=lambda spec: _outputs(spec.constexprs))
+    return replace(
+        largest, name=f"{largest.name}-r256", constexprs=dict(largest.constexprs) | {"RANK": 256}
+    )
+
+
+def _outputs(constexprs: Mapping[str, Any]) -> int:
+    return int(constexprs["BLOCK_M"] * constexprs["BLOCK_N"])
 
 
 def finish_specs_of(name: str, kernel: Any, signature: Mapping[str, str]) -> list[CompileSpec]:

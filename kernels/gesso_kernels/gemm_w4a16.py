@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gesso_kernels.compile_spec import CompileSpec
-from gesso_kernels.dispatch import calls_op
+from gesso_kernels.dispatch import calls_op, on_its_device
 from gesso_kernels.gemm_epilogue import (
     Activation,
+    epilogue_of,
     finish_parts_kernel,
     finish_ref,
     finish_tile,
@@ -33,6 +34,7 @@ from gesso_kernels.gemm_epilogue import (
 )
 from gesso_kernels.gemm_specs import EPILOGUE_SIGNATURE, finish_specs_of, specs_of
 from gesso_kernels.number_formats import SPLIT_HALF_GROUP, e2m1_values, unpack_split_half
+from gesso_kernels.quantized_input import require_16bit
 from gesso_kernels.tables import Tile
 from gesso_kernels.triton_import import tl, triton
 
@@ -54,7 +56,7 @@ def gemm_w4a16_ref(
     """The formula of this module; e2m1 codes where there is an ``alpha``, else int4."""
     x_MK = _padded(x_MK, smooth_K)
     w_NK = dequantize_rows(weight4, scale_GN, x_MK.dtype, e2m1=alpha is not None)
-    acc_MN = (x_MK / smooth_K).float() @ w_NK.float().T
+    acc_MN = (x_MK / smooth_K.to(x_MK.dtype)).float() @ w_NK.float().T
     if alpha is not None:
         acc_MN = acc_MN * alpha.float()
     low_rank_MR = x_MK.float() @ down_RK.float().T
@@ -87,7 +89,7 @@ def _scale_e2m1(code, scale, dtype: tl.constexpr):  # type: ignore[no-untyped-de
     return tl.reshape(grouped, [ROWS, COLUMNS]).to(dtype)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["tokens"])  # type: ignore[untyped-decorator]
 def _w4a16_kernel(  # type: ignore[no-untyped-def]
     x,
     smooth,
@@ -101,7 +103,9 @@ def _w4a16_kernel(  # type: ignore[no-untyped-def]
     tokens,
     rows,
     row_bytes,
+    rank,
     NVFP4: tl.constexpr,
+    ALPHA_STEP: tl.constexpr,
     PARTS: tl.constexpr,
     RANK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -143,16 +147,18 @@ def _w4a16_kernel(  # type: ignore[no-untyped-def]
         acc = tl.dot(w_low, x_low.to(dtype), acc)
         acc = tl.dot(w_high, x_high.to(dtype), acc)
     if NVFP4:
-        acc *= tl.load(alpha + row)[:, None]
+        acc *= tl.load(alpha + row * ALPHA_STEP)[:, None]
     if PARTS > 1:
         y += part.to(tl.int64) * tokens * rows
-        finish_tile(acc, low_rank, up, bias, y, tile_m, tile_n, tokens, rows, 0, False, "none")
+        finish_tile(acc, low_rank, up, bias, y, tile_m, tile_n, tokens, rows, 0, 0, False, "none")
     else:
         finish_tile(
-            acc, low_rank, up, bias, y, tile_m, tile_n, tokens, rows, RANK, HAS_BIAS, ACTIVATION
-        )
+            acc, low_rank, up, bias, y, tile_m, tile_n, tokens, rows, rank,
+            RANK, HAS_BIAS, ACTIVATION,
+        )  # fmt: skip
 
 
+@on_its_device
 def gemm_w4a16_triton(
     x_MK: Tensor,
     smooth_K: Tensor,
@@ -167,6 +173,7 @@ def gemm_w4a16_triton(
     tile: Tile | None = None,
 ) -> Tensor:
     """Launch the kernels; ``tile`` replaces the one from the tables and has steps of 64."""
+    require_16bit(x_MK)
     x_MK = _padded(x_MK, smooth_K).contiguous()
     (tokens, columns), rows = x_MK.shape, weight4.shape[0]
     y_MN = x_MK.new_empty((tokens, rows))
@@ -177,24 +184,22 @@ def gemm_w4a16_triton(
     parts = min(tile.split_k, columns // SPLIT_HALF_GROUP)
     y_SMN = y_MN if parts == 1 else y_MN.new_empty((parts, tokens, rows), dtype=torch.float32)
     scale = scale_GN if alpha is None else scale_GN.view(torch.uint8)
-    branch = (F.linear(x_MK, down_RK), up_NR.contiguous(), bias_N)
-    epilogue = {
-        "RANK": up_NR.shape[1],
-        "HAS_BIAS": bias_N is not None,
-        "ACTIVATION": activation,
-    }
+    bias = None if bias_N is None else bias_N.contiguous()
+    branch = (F.linear(x_MK, down_RK.to(x_MK.dtype)), up_NR.contiguous(), bias)
+    epilogue = epilogue_of(up_NR, bias_N, activation)
     _w4a16_kernel[(programs(tile, tokens, rows), parts)](
         x_MK,
-        smooth_K.contiguous(),
+        smooth_K.to(x_MK.dtype).contiguous(),
         weight4.contiguous(),
         scale.contiguous(),
-        None if alpha is None else alpha.expand(rows).contiguous(),
+        None if alpha is None else alpha.contiguous(),
         *branch,
         y_SMN,
         tokens,
         rows,
         columns // 2,
         NVFP4=alpha is not None,
+        ALPHA_STEP=int(alpha is not None and alpha.numel() > 1),
         PARTS=parts,
         **epilogue,
         **tile.launch(),
@@ -232,8 +237,8 @@ def compile_specs() -> list[CompileSpec]:
     }
     nvfp4 = int4 | {"scale": "*u8"}
     finish = {"parts": "*fp32"} | EPILOGUE_SIGNATURE | {"low_rank": "*bf16"}
-    products = specs_of("gemm_w4a16", _w4a16_kernel, int4, _SASS, NVFP4=False)
-    products += specs_of("gemm_w4a16_nvfp4", _w4a16_kernel, nvfp4, _SASS, NVFP4=True)
+    products = specs_of("gemm_w4a16", _w4a16_kernel, int4, _SASS, NVFP4=False, ALPHA_STEP=0)
+    products += specs_of("gemm_w4a16_nvfp4", _w4a16_kernel, nvfp4, _SASS, NVFP4=True, ALPHA_STEP=0)
     return products + finish_specs_of("gemm_w4a16", finish_parts_kernel, finish)
 
 
@@ -303,8 +308,8 @@ def gemm_w4a16(
     _require(
         x_MK, smooth_K, weight4, scale_GN, SPLIT_HALF_GROUP, down_RK, up_NR, bias_N, activation
     )
-    call = _op if calls_op(x_MK, down_RK, up_NR, bias_N) else _run
-    return call(x_MK, smooth_K, weight4, scale_GN, None, down_RK, up_NR, bias_N, activation)
+    weight = (weight4, scale_GN, None)
+    return _call(x_MK, smooth_K, weight, down_RK, up_NR, bias_N, activation)
 
 
 def gemm_w4a16_nvfp4(
@@ -341,8 +346,23 @@ def gemm_w4a16_nvfp4(
     _require(x_MK, smooth_K, weight4, scale_GN, _NVFP4_GROUP, down_RK, up_NR, bias_N, activation)
     if alpha.shape not in ((1,), weight4.shape[:1]):
         raise ValueError(f"alpha has the shape {tuple(alpha.shape)}, expected (1,) or one per row")
-    call = _op if calls_op(x_MK, down_RK, up_NR, bias_N) else _run
-    return call(x_MK, smooth_K, weight4, scale_GN, alpha, down_RK, up_NR, bias_N, activation)
+    weight = (weight4, scale_GN, alpha)
+    return _call(x_MK, smooth_K, weight, down_RK, up_NR, bias_N, activation)
+
+
+def _call(
+    x_MK: Tensor,
+    smooth_K: Tensor,
+    weight: tuple[Tensor, Tensor, Tensor | None],
+    down_RK: Tensor,
+    up_NR: Tensor,
+    bias_N: Tensor | None,
+    activation: str,
+) -> Tensor:
+    if calls_op(x_MK, down_RK, up_NR, bias_N):
+        y_MN: Tensor = _op(x_MK, smooth_K, *weight, down_RK, up_NR, bias_N, activation)
+        return y_MN
+    return gemm_w4a16_ref(x_MK, smooth_K, *weight, down_RK, up_NR, bias_N, activation=activation)
 
 
 def _require(

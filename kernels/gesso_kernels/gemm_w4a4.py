@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from gesso_kernels.compile_spec import CompileSpec
-from gesso_kernels.dispatch import calls_op
+from gesso_kernels.dispatch import calls_op, on_its_device
 from gesso_kernels.gemm_epilogue import (
     Activation,
+    epilogue_of,
     finish_ref,
     finish_tile,
     offsets_in_tile,
@@ -53,11 +54,11 @@ def gemm_w4a4_ref(
 
 def dequantize_groups(packed: Tensor, scale_GR: Tensor, *, signed: bool) -> Tensor:
     """Split-half codes [rows, K/2] times their scales [K/64, rows], fp32 [rows, K]."""
-    codes = unpack_split_half(packed, signed=signed).view(packed.shape[0], -1, SPLIT_HALF_GROUP)
+    codes = unpack_split_half(packed, signed=signed).view(*scale_GR.T.shape, SPLIT_HALF_GROUP)
     return (codes.float() * scale_GR.T.float()[..., None]).flatten(1)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["tokens"])  # type: ignore[untyped-decorator]
 def _w4a4_kernel(  # type: ignore[no-untyped-def]
     codes,
     scale,
@@ -70,6 +71,7 @@ def _w4a4_kernel(  # type: ignore[no-untyped-def]
     tokens,
     rows,
     row_bytes,
+    rank,
     UNSIGNED: tl.constexpr,
     RANK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -100,10 +102,11 @@ def _w4a4_kernel(  # type: ignore[no-untyped-def]
         scale += tokens
         weight_scale += rows
     finish_tile(
-        acc, low_rank, up, bias, y, tile_m, tile_n, tokens, rows, RANK, HAS_BIAS, ACTIVATION
+        acc, low_rank, up, bias, y, tile_m, tile_n, tokens, rows, rank, RANK, HAS_BIAS, ACTIVATION
     )
 
 
+@on_its_device
 def gemm_w4a4_triton(
     codes4: Tensor,
     scale_GM: Tensor,
@@ -131,15 +134,13 @@ def gemm_w4a4_triton(
         weight_scale_GN.contiguous(),
         low_rank_MR.contiguous(),
         up_NR.contiguous(),
-        bias_N,
+        None if bias_N is None else bias_N.contiguous(),
         y_MN,
         tokens,
         rows,
         columns // 2,
         UNSIGNED=unsigned,
-        RANK=up_NR.shape[1],
-        HAS_BIAS=bias_N is not None,
-        ACTIVATION=activation,
+        **epilogue_of(up_NR, bias_N, activation),
         **tile.launch(),
     )
     return y_MN
@@ -249,5 +250,15 @@ def gemm_w4a4(
     }
     require_product(columns, shapes, activation)
     quantized = (codes4, scale_GM, weight4, weight_scale_GN)
-    call = _op if calls_op(*quantized, low_rank_MR, up_NR, bias_N) else _run
-    return call(*quantized, low_rank_MR, up_NR, bias_N, unsigned, activation, out_dtype)
+    if calls_op(*quantized, low_rank_MR, up_NR, bias_N):
+        y_MN: Tensor = _op(*quantized, low_rank_MR, up_NR, bias_N, unsigned, activation, out_dtype)
+        return y_MN
+    return gemm_w4a4_ref(
+        *quantized,
+        low_rank_MR,
+        up_NR,
+        bias_N,
+        unsigned=unsigned,
+        activation=activation,
+        out_dtype=out_dtype,
+    )

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from gesso_kernels.compile_spec import CompileSpec
-from gesso_kernels.dispatch import calls_op
+from gesso_kernels.dispatch import calls_op, on_its_device
 from gesso_kernels.gemm_epilogue import (
     Activation,
+    epilogue_of,
     finish_tile,
     offsets_in_tile,
     programs,
@@ -54,7 +55,7 @@ def gemm_w4a8_ref(
     )
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["tokens"])  # type: ignore[untyped-decorator]
 def _w4a8_kernel(  # type: ignore[no-untyped-def]
     codes,
     scale,
@@ -68,6 +69,7 @@ def _w4a8_kernel(  # type: ignore[no-untyped-def]
     tokens,
     rows,
     row_bytes,
+    rank,
     RANK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -98,10 +100,11 @@ def _w4a8_kernel(  # type: ignore[no-untyped-def]
     scale_m, scale_n = tl.load(scale + token), tl.load(row_scale + row)
     out = acc.to(tl.float32) * scale_m[None, :] * scale_n[:, None]
     finish_tile(
-        out, low_rank, up, bias, y, tile_m, tile_n, tokens, rows, RANK, HAS_BIAS, ACTIVATION
+        out, low_rank, up, bias, y, tile_m, tile_n, tokens, rows, rank, RANK, HAS_BIAS, ACTIVATION
     )
 
 
+@on_its_device
 def gemm_w4a8_triton(
     codes_MK: Tensor,
     scale_M: Tensor,
@@ -130,14 +133,12 @@ def gemm_w4a8_triton(
         row_scale_N.contiguous(),
         low_rank_MR.contiguous(),
         up_NR.contiguous(),
-        bias_N,
+        None if bias_N is None else bias_N.contiguous(),
         y_MN,
         tokens,
         rows,
         columns // 2,
-        RANK=up_NR.shape[1],
-        HAS_BIAS=bias_N is not None,
-        ACTIVATION=activation,
+        **epilogue_of(up_NR, bias_N, activation),
         **tile.launch(),
     )
     return y_MN
@@ -237,5 +238,9 @@ def gemm_w4a8(
     }
     require_product(columns, shapes, activation)
     quantized = (codes_MK, scale_M, weight4, multipliers_GN, row_scale_N)
-    call = _op if calls_op(*quantized, low_rank_MR, up_NR, bias_N) else _run
-    return call(*quantized, low_rank_MR, up_NR, bias_N, activation, out_dtype)
+    if calls_op(*quantized, low_rank_MR, up_NR, bias_N):
+        y_MN: Tensor = _op(*quantized, low_rank_MR, up_NR, bias_N, activation, out_dtype)
+        return y_MN
+    return gemm_w4a8_ref(
+        *quantized, low_rank_MR, up_NR, bias_N, activation=activation, out_dtype=out_dtype
+    )

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from gesso_kernels.compile_spec import CompileSpec
-from gesso_kernels.dispatch import calls_op
+from gesso_kernels.dispatch import calls_op, on_its_device
 from gesso_kernels.gemm_epilogue import (
     Activation,
+    epilogue_of,
     finish_ref,
     finish_tile,
     offsets_in_tile,
@@ -52,20 +53,18 @@ def gemm_w8a8_ref(
 
 def integer_product(codes_MK: Tensor, weight_NK: Tensor) -> Tensor:
     """int8 [M, K] · int8 [N, K]ᵀ: the exact sums, rounded once to fp32 [M, N]."""
-    parts = zip(
-        torch.split(codes_MK, _EXACT_COLUMNS, dim=1),
-        torch.split(weight_NK, _EXACT_COLUMNS, dim=1),
-        strict=True,
-    )
-    sums = [(x.float() @ w.float().T).to(torch.int32) for x, w in parts]
-    return torch.stack(sums).sum(dim=0, dtype=torch.int32).float()
+    sums_MN = codes_MK.new_zeros(len(codes_MK), len(weight_NK), dtype=torch.int32)
+    for start in range(0, codes_MK.shape[1], _EXACT_COLUMNS):
+        part = slice(start, start + _EXACT_COLUMNS)
+        sums_MN += (codes_MK[:, part].float() @ weight_NK[:, part].float().T).to(torch.int32)
+    return sums_MN.float()
 
 
 def _float_product(codes_MK: Tensor, weight_NK: Tensor) -> Tensor:
     return codes_MK.float() @ weight_NK.float().T
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["tokens"])  # type: ignore[untyped-decorator]
 def _w8a8_kernel(  # type: ignore[no-untyped-def]
     codes,
     scale,
@@ -78,6 +77,7 @@ def _w8a8_kernel(  # type: ignore[no-untyped-def]
     tokens,
     rows,
     columns,
+    rank,
     RANK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -109,10 +109,11 @@ def _w8a8_kernel(  # type: ignore[no-untyped-def]
     scale_n = tl.load(row_scale + row, row < rows, 0.0)
     out = acc.to(tl.float32) * scale_m[None, :] * scale_n[:, None]
     finish_tile(
-        out, low_rank, up, bias, y, tile_m, tile_n, tokens, rows, RANK, HAS_BIAS, ACTIVATION
+        out, low_rank, up, bias, y, tile_m, tile_n, tokens, rows, rank, RANK, HAS_BIAS, ACTIVATION
     )
 
 
+@on_its_device
 def gemm_w8a8_triton(
     codes_MK: Tensor,
     scale_M: Tensor,
@@ -131,7 +132,10 @@ def gemm_w8a8_triton(
     y_MN = codes_MK.new_empty((tokens, rows), dtype=out_dtype)
     if not y_MN.numel():
         return y_MN
-    name = "gemm_w8a8_int8" if weight_NK.dtype == torch.int8 else "gemm_w8a8_fp8"
+    name = "gemm_w8a8_int8"
+    if weight_NK.dtype != torch.int8:
+        name = "gemm_w8a8_fp8"
+        require_arch(weight_NK, (8, 9), "FP8 product", "w8a8_int8 for INT4 and w4a16 for NVFP4")
     tile = (tile or tile_for(name, codes_MK, tokens, rows, columns)).dividing(columns)
     _w8a8_kernel[(programs(tile, tokens, rows),)](
         codes_MK.contiguous(),
@@ -140,14 +144,12 @@ def gemm_w8a8_triton(
         row_scale_N.contiguous(),
         low_rank_MR.contiguous(),
         up_NR.contiguous(),
-        bias_N,
+        None if bias_N is None else bias_N.contiguous(),
         y_MN,
         tokens,
         rows,
         columns,
-        RANK=up_NR.shape[1],
-        HAS_BIAS=bias_N is not None,
-        ACTIVATION=activation,
+        **epilogue_of(up_NR, bias_N, activation),
         **tile.launch(),
     )
     return y_MN
@@ -250,8 +252,10 @@ def gemm_w8a8(
             f"codes are {codes_MK.dtype} and the weight is {weight_NK.dtype}; quantize the input "
             "to the format of the weight"
         )
-    if weight_NK.dtype != torch.int8:
-        require_arch(weight_NK, (8, 9), "FP8 product", "w8a8_int8 for INT4 and w4a16 for NVFP4")
-    call = _op if calls_op(codes_MK, low_rank_MR, up_NR, bias_N) else _run
     scaled = (codes_MK, scale_M, weight_NK, row_scale_N)
-    return call(*scaled, low_rank_MR, up_NR, bias_N, activation, out_dtype)
+    if calls_op(*scaled, low_rank_MR, up_NR, bias_N):
+        y_MN: Tensor = _op(*scaled, low_rank_MR, up_NR, bias_N, activation, out_dtype)
+        return y_MN
+    return gemm_w8a8_ref(
+        *scaled, low_rank_MR, up_NR, bias_N, activation=activation, out_dtype=out_dtype
+    )

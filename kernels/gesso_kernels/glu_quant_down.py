@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gesso_kernels.compile_spec import CompileSpec
 from gesso_kernels.device_functions import silu
-from gesso_kernels.dispatch import calls_op
+from gesso_kernels.dispatch import calls_op, on_its_device
 from gesso_kernels.quant_down import quant_down_ref
 from gesso_kernels.quantize_rows import quantize_block
 from gesso_kernels.quantized_input import (
@@ -83,6 +83,7 @@ def compile_specs() -> list[CompileSpec]:
     ]
 
 
+@on_its_device
 def glu_quant_down_triton(
     x_M2K: Tensor,
     smooth_K: Tensor,
@@ -99,7 +100,7 @@ def glu_quant_down_triton(
     if rows:
         _glu_quant_down_kernel[(triton.cdiv(rows, BLOCK_M),)](
             x,
-            smooth_K.contiguous(),
+            smooth_K.to(x.dtype).contiguous(),
             down_RK.to(x.dtype).contiguous(),
             *(bytes_view(tensor) for tensor in out),
             rows,

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gesso_kernels.compile_spec import CompileSpec
-from gesso_kernels.dispatch import calls_op
+from gesso_kernels.dispatch import calls_op, on_its_device
 from gesso_kernels.triton_import import tl, triton
 
 
@@ -22,10 +22,10 @@ def modulated_norm_ref(
 ) -> Tensor:
     """The formula of this module in plain torch; differentiable."""
     normed_BND = F.layer_norm(x_BND, x_BND.shape[-1:], eps=eps)
-    return torch.addcmul(shift_B1D, normed_BND, 1 + scale_B1D)
+    return torch.addcmul(shift_B1D, normed_BND, 1 + scale_B1D).to(x_BND.dtype)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["tokens"])  # type: ignore[untyped-decorator]
 def _modulated_norm_kernel(  # type: ignore[no-untyped-def]
     x,
     shift,
@@ -78,6 +78,7 @@ def compile_specs() -> list[CompileSpec]:
     ]
 
 
+@on_its_device
 def modulated_norm_triton(
     x_BND: Tensor, shift_B1D: Tensor, scale_B1D: Tensor, eps: float = 1e-6
 ) -> Tensor:

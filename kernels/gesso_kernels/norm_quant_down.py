@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gesso_kernels.compile_spec import CompileSpec
-from gesso_kernels.dispatch import calls_op
+from gesso_kernels.dispatch import calls_op, on_its_device
 from gesso_kernels.modulated_norm import modulated_norm_ref
 from gesso_kernels.quant_down import quant_down_ref
 from gesso_kernels.quantize_rows import quantize_block
@@ -126,6 +126,7 @@ def compile_specs() -> list[CompileSpec]:
     ]
 
 
+@on_its_device
 def norm_quant_down_triton(
     x_BNK: Tensor,
     shift_B1K: Tensor,
@@ -150,7 +151,7 @@ def norm_quant_down_triton(
             x,
             shift,
             scale,
-            smooth_K.contiguous(),
+            smooth_K.to(x.dtype).contiguous(),
             down_RK.to(x.dtype).contiguous(),
             *(bytes_view(tensor) for tensor in out),
             batch * tokens,

@@ -9,6 +9,7 @@ Two layouts of codes along K: *consecutive* (the even element in the low nibble;
 into two half-K products without an interleave).
 """
 
+import math
 from typing import Final, Literal
 
 import torch
@@ -44,13 +45,14 @@ def pack_split_half(codes: Tensor) -> Tensor:
 
 def unpack_split_half(packed: Tensor, *, signed: bool) -> Tensor:
     """Inverse of `pack_split_half`: int8 (..., K)."""
-    groups = packed.reshape(*packed.shape[:-1], -1, SPLIT_HALF_GROUP // 2)
+    half = SPLIT_HALF_GROUP // 2
+    groups = packed.reshape(*packed.shape[:-1], packed.shape[-1] // half, half)
     return _signed(torch.stack([groups & 15, groups >> 4], dim=-2).flatten(-3), signed)
 
 
 def _nibbles(codes: Tensor, *shape: int) -> Tensor:
     nibbles = codes.to(torch.int16).bitwise_and(15).to(torch.uint8)
-    return nibbles.reshape(*codes.shape[:-1], -1, *shape)
+    return nibbles.reshape(*codes.shape[:-1], codes.shape[-1] // math.prod(shape), *shape)
 
 
 def _signed(nibbles: Tensor, signed: bool) -> Tensor:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from gesso_kernels.compile_spec import CompileSpec
-from gesso_kernels.dispatch import calls_op
+from gesso_kernels.dispatch import calls_op, on_its_device
 from gesso_kernels.number_formats import E2M1_MAX, E4M3_MAX, INT4_MAX, INT8_MAX, UINT4_MAX, to_e4m3
 from gesso_kernels.quantize_rows import quantize_block
 from gesso_kernels.quantized_input import (
@@ -60,19 +60,20 @@ def quant_down_ref(
 ) -> Quantized:
     """The formulas of this module in plain torch; x may be float32 too."""
     columns = x_MK.shape[1]
+    smooth_K, down_RK = smooth_K.to(x_MK.dtype), down_RK.to(x_MK.dtype)
     low_rank_MR = x_MK.float() @ down_RK[:, :columns].float().mT
     if format in ("int8", "fp8"):
         h_MK = x_MK.float() + shift if shift else x_MK.float()
         h_MK = h_MK * smooth_K[:columns].float().reciprocal()
     else:
-        h_MK = (x_MK + shift if shift else x_MK) / smooth_K[:columns].to(x_MK.dtype)
+        h_MK = (x_MK + shift if shift else x_MK) / smooth_K[:columns]
     h_MK = torch.nn.functional.pad(h_MK, (0, smooth_K.shape[0] - columns))
     codes, scale = _QUANTIZERS[format](h_MK)
     return Quantized(codes, scale, low_rank_MR)
 
 
 def _int4_ref(h_MK: Tensor, limit: int, lowest: int) -> tuple[Tensor, Tensor]:
-    h_MGC = h_MK.view(h_MK.shape[0], -1, 64)
+    h_MGC = h_MK.view(h_MK.shape[0], h_MK.shape[1] // 64, 64)
     s_MG = h_MGC.abs().amax(-1).float() / limit
     # The reciprocal of a subnormal s may be infinite; such groups count as zeros.
     factor_MG = torch.where(s_MG > _SMALLEST_NORMAL, s_MG.reciprocal(), 0.0)
@@ -80,11 +81,11 @@ def _int4_ref(h_MK: Tensor, limit: int, lowest: int) -> tuple[Tensor, Tensor]:
     q_MGC = q_MGC.view(torch.uint8)
     codes = (q_MGC[..., :32] & 15).bitwise_or_(q_MGC[..., 32:] << 4).flatten(1)
     # reshape(-1) first: of one group, the transpose already counts as contiguous.
-    return codes, s_MG.to(h_MK.dtype).mT.reshape(-1).view(-1, h_MK.shape[0])
+    return codes, s_MG.to(h_MK.dtype).mT.reshape(-1).view(s_MG.shape[1], s_MG.shape[0])
 
 
 def _nvfp4_ref(h_MK: Tensor) -> tuple[Tensor, Tensor]:
-    h_MGC = h_MK.view(h_MK.shape[0], -1, 16)
+    h_MGC = h_MK.view(h_MK.shape[0], h_MK.shape[1] // 16, 16)
     scale_MG = to_e4m3(h_MGC.abs().amax(-1).float() / E2M1_MAX)
     s_MG = scale_MG.float()
     s_MG = s_MG.masked_fill_(s_MG == 0, torch.inf)  # an infinite scale makes all codes 0
@@ -166,6 +167,7 @@ def compile_specs() -> list[CompileSpec]:
     ]
 
 
+@on_its_device
 def quant_down_triton(
     x_MK: Tensor,
     smooth_K: Tensor,
@@ -183,7 +185,7 @@ def quant_down_triton(
     if rows:
         _quant_down_kernel[(triton.cdiv(rows, BLOCK_M),)](
             x,
-            smooth_K.contiguous(),
+            smooth_K.to(x.dtype).contiguous(),
             down_RK.to(x.dtype).contiguous(),
             *(bytes_view(tensor) for tensor in out),
             rows,

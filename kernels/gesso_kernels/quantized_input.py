@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gesso_kernels.compile_spec import ARCHS, POINTERS, CompileSpec
+from gesso_kernels.dispatch import compiled_rank
 
 InputFormat = Literal["int4", "uint4", "int8", "fp8", "nvfp4"]
 FORMATS: Final[tuple[str, ...]] = get_args(InputFormat)
@@ -54,7 +55,7 @@ def launch(code_format: str, rank: int, shift: float = 0.0) -> Launch:
     constants = {
         "FORMAT": code_format,
         "SHIFT": shift,
-        "RANK": max(16, 1 << (rank - 1).bit_length()) if rank else 0,
+        "RANK": compiled_rank(rank),
         "BLOCK_M": BLOCK_M,
         "BLOCK_K": 128 if whole_rows and not wide else 64,
     }

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gesso_kernels.compile_spec import ARCHS, CompileSpec
-from gesso_kernels.dispatch import calls_op
+from gesso_kernels.dispatch import calls_op, on_its_device
 from gesso_kernels.errors import UnsupportedMode
 from gesso_kernels.triton_import import tl, triton
 
@@ -194,6 +194,7 @@ def _spec(which: str, kernel: Any, kind: str, block: int, config: dict[str, int]
     )
 
 
+@on_its_device
 def relu_linear_attention_triton(
     q_BHDN: Tensor, k_BHDN: Tensor, v_BHDN: Tensor, eps: float = 1e-15
 ) -> Tensor:
@@ -207,6 +208,9 @@ def relu_linear_attention_triton(
     out_BNHD = v_BHDN.new_empty(batch, tokens, heads, channels)
     if not out_BNHD.numel():
         return out_BNHD.permute(0, 2, 3, 1)
+    if k_BHDN.dtype != v_BHDN.dtype:  # the product of a tensor core has one type of operands
+        both = torch.promote_types(k_BHDN.dtype, v_BHDN.dtype)
+        k_BHDN, v_BHDN = k_BHDN.to(both), v_BHDN.to(both)
     chunk = _chunk(tokens)
     parts = triton.cdiv(tokens, chunk)
     block = max(16, triton.next_power_of_2(channels))

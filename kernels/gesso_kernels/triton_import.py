@@ -3,7 +3,7 @@ references.
 
     from gesso_kernels.triton_import import tl, triton
 
-Without Triton, ``@triton.jit`` gives an object that says so when it is launched.
+Without Triton, a launch says that it is missing.
 """
 
 import os
@@ -19,22 +19,20 @@ try:
 except ImportError:
 
     class _Missing:
-        """Stands for the modules ``triton`` and ``triton.language``; any attribute is itself."""
+        """Stands for ``triton``, ``triton.language`` and every kernel; any attribute is itself."""
 
         def __getattr__(self, name: str) -> Any:
             return self
 
-        def jit(self, function: Any) -> Any:
-            return _Unlaunchable(function.__name__)
+        def jit(self, function: Any = None, **options: Any) -> Any:
+            return self if function is not None else self.jit
 
-    class _Unlaunchable:
-        def __init__(self, name: str) -> None:
-            self.name = name
-
-        def __getitem__(self, grid: Any) -> Any:
+        def __call__(self, *args: Any) -> Any:
             raise ModuleNotFoundError(
-                f"the kernel {self.name} needs Triton; install it with: pip install 'gesso[gpu]'"
+                "the kernels need Triton; install it with: pip install 'gesso[gpu]'"
             )
+
+        __getitem__ = __call__
 
     triton = tl = _Missing()
 

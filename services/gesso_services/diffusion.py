@@ -219,7 +219,11 @@ class DiffusionService:
 
 def _in_use(denoiser: Denoiser) -> m.ModelInUse:
     identity = denoiser.identity
-    return m.ModelInUse(quantization=identity.quantization, weight_bytes=identity.weight_bytes)
+    return m.ModelInUse(
+        quantization=identity.quantization,
+        weight_bytes=identity.weight_bytes,
+        native_size=denoiser.entry.native_size,
+    )
 
 
 def _wish(request: m.GenerateImage) -> GenerationRequest:

@@ -8,10 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gesso_core.lora.active import LowRank, adapters
+from gesso_core.quant.exact import QUANTIZERS
 from gesso_core.quant.layer import QuantOptions, quantize_linear
 from gesso_core.quant.modules import SVDQuantLinear
+from gesso_core.quant.quantizers import quantize_input
 from gesso_core.quant.record import ActivationFormat, QuantizedLinear, WeightFormat
-from gesso_core.quant.reference import svdquant_linear_ref
+from gesso_core.quant.reference import smoothed_input, svdquant_linear_ref
 from gesso_core.quant.shift import GELU_SHIFT
 from gesso_kernels.errors import UnsupportedMode
 from gesso_kernels.modes import Mode, possible_modes
@@ -95,13 +97,65 @@ def test_dequantized_is_the_dense_layer_that_the_record_stands_for(
     torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
 
 
+def wide_rows(kind: str) -> Tensor:
+    """Rows of very different sizes, zeros among them."""
+    x = rows(kind, 200)
+    x *= torch.logspace(-12, 3, 200)[:, None]
+    x[7], x[8, :64] = 0, 0
+    return x
+
+
+@pytest.mark.parametrize("with_lora", [False, True], ids=["alone", "lora"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_reference_is_the_arithmetic_of_the_record(
-    records: dict[str, QuantizedLinear], kind: str
+    records: dict[str, QuantizedLinear], kind: str, with_lora: bool
 ) -> None:
-    x = rows(kind)
-    layer = SVDQuantLinear.from_record(records[kind], "reference")
-    assert torch.equal(layer(x), svdquant_linear_ref(records[kind], x))
+    record, x = records[kind], wide_rows(kind)
+    layer = SVDQuantLinear.from_record(record, "reference")
+    expected = svdquant_linear_ref(record, x)
+    with adapter(seed=3) if with_lora else nullcontext() as added_NK:
+        found = layer(x)
+    if added_NK is not None:
+        expected += x @ added_NK.T
+    bias_N = torch.zeros(N) if record.bias is None else record.bias.float()
+    for y_N, expected_N in zip(found - bias_N, expected - bias_N, strict=True):
+        # What is left of a small row beside a bias has the rounding error of the bias.
+        assert (y_N - expected_N).norm() <= 1e-6 * (expected_N.norm() + bias_N.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_reference_rounds_a_16_bit_input_where_the_record_does(
+    records: dict[str, QuantizedLinear], kind: str, dtype: torch.dtype
+) -> None:
+    x = rows(kind).to(dtype)
+    y = SVDQuantLinear.from_record(records[kind], "reference", dtype=dtype)(x)
+    assert y.dtype == dtype
+    # Sums in another order may round to the neighbour, here and there.
+    assert distance(y.float(), svdquant_linear_ref(records[kind], x).float()) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["int4", "shifted", "nvfp4", "int8"])
+@pytest.mark.parametrize("columns", [64, 100])
+def test_the_quantizers_of_reference_give_every_code_of_the_oracle(kind: str, columns: int) -> None:
+    generator = torch.Generator().manual_seed(9)
+    format_, shift = KINDS[kind][1:]
+    assert format_ != "16bit"
+    x = torch.cat([wide_rows(kind), edges_of_e2m1()])[:, :columns] + shift
+    smooth = torch.rand(columns, generator=generator) + 0.5
+    smooth[:32] = 1  # leaves ties what they are
+    divisor = 1 / smooth if format_ == "int8" else smooth
+    padded = F.pad(smooth, (0, -columns % 64), value=1.0)
+    h = smoothed_input(x, padded, shift=0.0, activation=format_)
+    expected = quantize_input(h, format_).dequantized()[:, :columns]
+    assert torch.equal(QUANTIZERS[format_](x, divisor), expected)
+
+
+def edges_of_e2m1() -> Tensor:
+    """Rows whose groups hold all ties of e2m1 beside a 6, and scales at the ends of e4m3."""
+    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0])
+    group = torch.cat([ties, -ties]).repeat(7)[:K]
+    return group * torch.tensor([1.0, 0.5, 4.0, 2.0**-9, 2.0**-10, 2.0**-11, 448.0, 1e4])[:, None]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -162,7 +216,7 @@ def test_rows_do_not_depend_on_what_they_are_computed_with(
 BRANCH = 2 * (K_PADDED + RANK * (K_PADDED + N) + N)  # λ, down, up, bias in 16 bit
 PROMISED: dict[tuple[str, Mode], int] = {
     ("int4", "dequantized"): 2 * (N * K + N),
-    ("int4", "reference"): N * K_PADDED // 2 + 2 * N * K_PADDED // 64 + BRANCH,
+    ("int4", "reference"): 4 * (N * (K + RANK) + RANK * K + N) + 2 * K,
     ("int4", "w4a16"): N * K_PADDED // 2 + 2 * N * K_PADDED // 64 + BRANCH,
     ("int4", "w4a4_i8dot"): N * K_PADDED // 2 + 2 * N * K_PADDED // 64 + BRANCH,
     ("int4", "w4a8_prog"): N * K_PADDED // 2 + N * K_PADDED // 64 + 4 * N + BRANCH,
@@ -296,10 +350,9 @@ def test_a_gpu_computes_what_the_references_of_its_kernels_do(
     arch = torch.cuda.get_device_capability()
     if mode not in possible_modes(KINDS[kind][0], arch):
         pytest.skip(f"{mode} does not run on sm_{arch[0]}{arch[1]}")
-    half = {"dtype": torch.bfloat16}
-    x = rows(kind).bfloat16()
-    expected = SVDQuantLinear.from_record(records[kind], mode, **half)(x, "silu")
-    layer = SVDQuantLinear.from_record(records[kind], mode, device="cuda", **half)
+    half, x = torch.bfloat16, rows(kind).bfloat16()
+    expected = SVDQuantLinear.from_record(records[kind], mode, dtype=half)(x, "silu")
+    layer = SVDQuantLinear.from_record(records[kind], mode, device="cuda", dtype=half)
     found = layer(x.cuda(), "silu").cpu()
     assert distance(found.float(), expected.float()) < 0.02
 

@@ -1,12 +1,15 @@
 """Rounding, float encoding and activations inside the Triton kernels, on every tie."""
 
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from gesso_kernels import triton_import
 from gesso_kernels.device_functions import (
     e2m1_encode,
     e4m3_decode,
@@ -97,6 +100,20 @@ signature = {name: spec.signature.get(name, "constexpr") for name in names}
 source = ASTSource(spec.kernel, signature, dict(spec.constexprs))
 print(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"])
 """
+
+
+def test_without_triton_a_launch_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    missing: dict[str, Any] = runpy.run_path(triton_import.__file__)
+    triton, tl = missing["triton"], missing["tl"]
+
+    @triton.jit(do_not_specialize=["n"])
+    def kernel(n, BLOCK: tl.constexpr) -> None:  # type: ignore[no-untyped-def]
+        tl.arange(0, BLOCK)
+
+    for call in (lambda: triton.cdiv(5, 2), lambda: kernel[(1,)](1, BLOCK=16)):
+        with pytest.raises(ModuleNotFoundError, match=r"pip install 'gesso\[gpu\]'"):
+            call()
 
 
 @pytest.mark.slow

@@ -231,9 +231,24 @@ def test_kernels_take_strided_inputs_and_no_rows() -> None:
     assert_same(
         norm_quant_down_triton(*norm, format="int4"), norm_quant_down_ref(*norm, format="int4")
     )
-    assert quant_down_triton(x[:0], smooth, down, format="int4").codes.shape == (0, 32)
 
 
+@interpreted
+@pytest.mark.parametrize("format_", FORMATS)
+def test_no_rows_give_no_rows(format_: InputFormat) -> None:
+    arguments = (outliers(1, 64)[:0], *layer(64, 16))
+    expected = quant_down_ref(*arguments, format=format_)
+    assert expected.low_rank_MR.shape == (0, 16)
+    assert_same(quant_down_triton(*arguments, format=format_), expected)
+
+
+def test_smooth_and_down_are_taken_in_the_type_of_x() -> None:
+    x, (smooth, down) = outliers(5, 64, dtype=torch.bfloat16), layer(64, 16, torch.float32)
+    got = quant_down_ref(x, smooth, down, format="int4")
+    assert_same(got, quant_down_ref(x, smooth.bfloat16(), down.bfloat16(), format="int4"))
+
+
+@interpreted
 def test_the_norm_is_right_for_tokens_far_from_zero() -> None:
     # 250 deviations from 0: a variance from a difference of sums would be off by some percent.
     x = (normal(1, 5, 192) * 16 + 4000).half()

@@ -31,6 +31,8 @@ from torch import Tensor
 # of the result.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+# In the interpreter only; test_on_gpu.py compares what the compiler makes of the kernels.
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here")
 needs_gpu = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -82,6 +84,7 @@ def assert_close(got: Tensor, expected: Tensor, tolerance: float) -> None:
     torch.testing.assert_close(got.double(), expected, atol=bound, rtol=tolerance)
 
 
+@interpreted
 @DTYPES
 @pytest.mark.parametrize("shape", [(1, 1, 16), (2, 7, 100), (3, 5, 1152)], ids=str)
 def test_the_modulated_norm_kernel_is_its_formula(
@@ -93,12 +96,14 @@ def test_the_modulated_norm_kernel_is_its_formula(
     assert_close(got, exact(modulated_norm_ref, inputs), TOLERANCE[dtype])
 
 
+@interpreted
 def test_one_modulation_serves_every_sample() -> None:
     x, shift, scale, eps = norm_inputs(3, 4, 24, torch.float32)
     got = modulated_norm_triton(x, shift[:1], scale[:1], eps)
     assert_close(got, exact(modulated_norm_ref, (x, shift[:1], scale[:1], eps)), 2e-6)
 
 
+@interpreted
 @DTYPES
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize(
@@ -115,6 +120,7 @@ def test_the_depthwise_glu_kernel_is_its_formula(
     assert_close(got, exact(depthwise_glu_ref, inputs), TOLERANCE[dtype])
 
 
+@interpreted
 @DTYPES
 @pytest.mark.parametrize(
     ("batch", "tokens", "heads", "head_dim"),
@@ -131,6 +137,7 @@ def test_the_attention_kernel_is_its_formula(
     assert_close(got, exact(relu_linear_attention_ref, inputs), TOLERANCE[dtype])
 
 
+@interpreted
 def test_the_attention_kernel_gives_zero_to_a_query_that_is_negative_everywhere() -> None:
     q, k, v, eps = attention_inputs(1, 40, 2, 16, torch.float16)
     q[..., 2] = -1.0
@@ -139,6 +146,7 @@ def test_the_attention_kernel_gives_zero_to_a_query_that_is_negative_everywhere(
     assert got.isfinite().all()
 
 
+@interpreted
 def test_the_attention_kernel_adds_up_large_fp16_values() -> None:
     q, k, v, eps = attention_inputs(1, 2049, 1, 16, torch.float16)
     inputs = (100 * q, 100 * k, 100 * v, eps)
@@ -146,6 +154,7 @@ def test_the_attention_kernel_adds_up_large_fp16_values() -> None:
     assert_close(got, exact(relu_linear_attention_ref, inputs), 1e-3)
 
 
+@interpreted
 @pytest.mark.parametrize(
     ("kernel", "inputs"),
     [
@@ -217,6 +226,20 @@ def test_gradients_flow_eagerly_and_compiled(function: Function, inputs: tuple[A
     assert all(gradient is not None and gradient.any() for gradient in eager)
     compiled = torch.compile(function, fullgraph=True, backend="eager")
     torch.testing.assert_close(gradients(compiled), eager)
+
+
+@interpreted
+def test_the_attention_kernel_takes_keys_of_another_type_than_its_values() -> None:
+    q, k, v, eps = attention_inputs(1, 40, 2, 16, torch.float32)
+    inputs = (q, k, v.half(), eps)
+    got = relu_linear_attention_triton(*inputs)
+    assert got.dtype == torch.float16
+    assert_close(got, exact(relu_linear_attention_ref, inputs), TOLERANCE[torch.float16])
+
+
+def test_the_norm_keeps_the_type_of_x_under_a_modulation_in_fp32() -> None:
+    x, shift, scale, eps = norm_inputs(2, 5, 48, torch.bfloat16)
+    assert modulated_norm(x, shift.float(), scale.float(), eps).dtype == torch.bfloat16
 
 
 def test_taps_are_moved_once() -> None:

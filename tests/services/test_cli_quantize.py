@@ -1,14 +1,21 @@
 """``gesso quantize`` as a person types it, on the model that ships; and files of other tools."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from gesso_core.hub.store import SHIPPED
 from gesso_core.pipelines.pictures import decode_picture
 from gesso_core.quant.canonical import CANONICAL_FILE, read_canonical
+from gesso_core.quant.nunchaku.sana import with_dense_text_layers
+from gesso_core.quant.record import QuantizedLinear
 from gesso_core.quant.report import load_report
 from gesso_services.cli import quantize as command
 from gesso_services.cli.main import app
+from torch import Tensor
 from typer.testing import CliRunner, Result
 
 PROMPTS = "a red apple\nan owl on a blue background, 3D style\n\na rocket\na birthday cake\n"
@@ -105,6 +112,11 @@ def test_stopped_by_hand_it_says_that_it_can_go_on(
         (("sana-tiny", "--to", "int4", "--rank", "500"), "at most 160"),
         (("sana-tiny", "--to", "int4", "--plot", "errors.pdf"), "must end in .png"),
         (("sana-tiny", "--to", "int4", "--captured", "."), "give another folder"),
+        (("sana-tiny", "--to", "int4", "--out", "prompts.txt"), "name a new folder"),
+        (("sana-tiny", "--to", "int4", "--out", "prompts.txt/x"), "name a new folder"),
+        (("sana-tiny-int4", "--to", "int4"), "is quantized already"),
+        (("prompts.txt", "--to", "int4"), "prompts.txt is a file; give the folder of a model"),
+        (("./none", "--to", "int4"), "./none does not exist; give the folder of a model"),
     ],
     ids=lambda value: " ".join(value)[:40],
 )
@@ -149,6 +161,44 @@ def test_a_model_goes_out_to_nunchaku_and_comes_back(
     failed(gesso("models", "export-quantized", "ours", theirs), "is there already")
     lite = gesso("models", "export-quantized", "ours", "lite", "--format", "nunchaku-lite")
     failed(lite, "export this model as nunchaku-v1")
+
+
+@pytest.mark.parametrize("file_format", ["nunchaku-v1", "nunchaku-v2"])
+@pytest.mark.parametrize("name", ["sana-tiny-int4", "sana-tiny-nvfp4"])
+def test_a_shipped_model_returns_from_nunchaku_tensor_by_tensor(
+    here: Path, name: str, file_format: str
+) -> None:
+    theirs = f"{name}.safetensors"
+    exported = gesso("models", "export-quantized", name, theirs, "--format", file_format)
+    assert exported.exit_code == 0, exported.output
+    assert "keys and values of the text (8 layers) were written in 16 bit" in exported.stderr
+    assert gesso("models", "import-quantized", theirs, "back").exit_code == 0
+    shipped = with_dense_text_layers(read_canonical(SHIPPED / name / CANONICAL_FILE))
+    back = read_canonical(here / "back" / CANONICAL_FILE)
+    assert len(shipped.layers) == 48
+    assert back.layers.keys() == shipped.layers.keys()
+    for layer, ours in shipped.layers.items():
+        theirs_again = back.layers[layer]
+        assert facts(theirs_again) == facts(ours), layer
+        assert same(theirs_again.tensors(), ours.tensors()), layer
+    assert same(back.plain, shipped.plain)
+    config = json.loads((here / "back" / "config.json").read_text())
+    assert back.made_by == {**shipped.made_by, "config": config}
+    painted = gesso("generate", "a dog", "--local", "--model", "back", "--steps", "1")
+    assert painted.exit_code == 0, painted.output
+
+
+def facts(layer: QuantizedLinear) -> tuple[object, ...]:
+    return layer.weight, layer.activation, layer.in_features, layer.shift
+
+
+def same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(
+        tensor.dtype == expected[name].dtype
+        and tensor.shape == expected[name].shape
+        and tensor.view(torch.uint8).equal(expected[name].view(torch.uint8))
+        for name, tensor in found.items()
+    )
 
 
 def test_a_file_of_no_known_format_is_told(here: Path, tiny_pipeline: Any) -> None:

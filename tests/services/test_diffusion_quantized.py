@@ -69,9 +69,12 @@ async def test_a_quantized_folder_is_served_with_mode_and_memory_told_everywhere
 
     taken = load_denoiser(quantized_pipeline, quantized_mode="reference").identity.weight_bytes
     ready = await call(gateway, "diffusion", "ready", AskReady(), ServiceReady)
-    assert ready.in_use["int4"] == m.ModelInUse(quantization=told, weight_bytes=taken)
+    assert ready.in_use["int4"] == m.ModelInUse(
+        quantization=told, weight_bytes=taken, native_size=64
+    )
     assert ready.in_use["dense"].quantization == "none"
-    assert taken < ready.in_use["dense"].weight_bytes
+    # Exact, in fp32 and with the branch: more than the dense model.
+    assert taken > ready.in_use["dense"].weight_bytes
     labels = f'model="int4",quantization="{told}",service="diffusion"'
     assert f"gesso_model_weight_bytes{{{labels}}} " in host.metrics.text()
     assert f"int4 is loaded: quantization {told}, weights {taken / 1e6:.1f} MB" in caplog.text

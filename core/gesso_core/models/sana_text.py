@@ -14,6 +14,8 @@ from gesso_core.layers.linear import Linear
 KeysValues = tuple[Tensor, Tensor]
 # Added to the score of a masked token; −inf would turn a fully masked row into NaN.
 MASKED = -10_000.0
+# Tokens; whole vectors of 512 bits in fp32.
+ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,16 @@ class TextContext:
     def tokens(self) -> int:
         """Length that the texts are padded to."""
         return self.keys_values[0][0].shape[1]
+
+    def aligned(self) -> "TextContext":
+        """The same texts at a length and with a bias that do not depend on their neighbours.
+
+        Sums over masked tokens are sums with zeros, but in another order wherever the length ends
+        in the middle of a vector, and without a bias attention takes another kernel. Those last
+        bits would decide about codes of quantized inputs, and so about the picture.
+        """
+        padded = self._padded(-(-self.tokens // ALIGNMENT) * ALIGNMENT)
+        return TextContext(padded.keys_values, padded._full_bias())
 
     def select(self, rows: slice) -> "TextContext":
         """Some of the texts, as views."""

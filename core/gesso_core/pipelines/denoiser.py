@@ -159,7 +159,7 @@ class Denoiser:
                 negative = self.text_encoder.encode_negative([recipe.negative_prompt])
                 texts = TextStates.concatenate([negative, texts])
             states_BLC = texts.states_BLC.to(self.device, self.dtype)
-            return self.model.encode_text(states_BLC, texts.mask_BL.to(self.device))
+            return self.model.encode_text(states_BLC, texts.mask_BL.to(self.device)).aligned()
 
     def _velocities(self, drafts: Sequence[Draft]) -> Tensor:
         """The guided velocity of every draft, fp32. Rows of a guided batch: −, +, −, +, …"""

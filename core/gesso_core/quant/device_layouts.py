@@ -1,7 +1,8 @@
 """What a quantized layer keeps in memory in each mode; derived from its record once, at load.
 
     dequantized   weight [N, K] and bias of the dense layer that the record stands for
-    reference     the tensors of the record, as stored
+    reference     weight fp32 [N, K + R]: residual dequantized, beside up; smooth [K], down [K, R]
+                  and bias in fp32. Larger than the dense layer: it promises exactness, not memory
     w4a16         weight4 [N, K/2] split-half, weight_scale [K/64, N];
                   from NVFP4 weight_scale e4m3 [K/16, N], alpha fp32 [1] or [N]
     w4a4_i8dot    weight4, weight_scale
@@ -10,8 +11,8 @@
     w8a8_fp8      weight e4m3 [N, K], row_scale
     nvfp4         weight4 [N, K/2] consecutive, weight_scale e4m3 [N, K/16], alpha fp32 [1] or [N]
 
-The last six also keep smooth [K], down [R, K], up [N, R] and bias [N], and pad K to whole groups
-of 64, which is what the kernels count in.
+The first two cut off the padding of K. The last six also keep smooth [K], down [R, K], up [N, R]
+and bias [N], and pad K to whole groups of 64, which is what the kernels count in.
 """
 
 # N out channels   K in channels, padded   R rank
@@ -31,6 +32,7 @@ from gesso_kernels.modes import Mode
 from gesso_kernels.number_formats import pack_split_half, unpack_consecutive
 from torch import Tensor
 
+from gesso_core.quant.exact import exact_buffers
 from gesso_core.quant.record import QuantizedLinear, pad_columns
 
 Buffers = dict[str, Tensor | None]
@@ -47,7 +49,7 @@ def buffers_of(
         UnsupportedMode: the mode cannot run this layer; names one that can.
     """
     if mode == "reference":
-        return record.tensors()
+        return exact_buffers(record, dtype)
     if mode == "dequantized":
         # The padding is cut off for good: oneDNN takes 80 times as long on rows with gaps between.
         weight = record.dense().to(dtype).contiguous()

@@ -8,6 +8,8 @@ fixed when the layer is built and never depends on the number of rows, so that a
 not change with the batch it is computed in.
 
 A LoRA that is active (`gesso_core.lora.active`) joins the low-rank branch: its ranks are appended.
+Where the weight holds the branch, in the modes `dequantized` and `reference`, it is added beside
+the layer.
 """
 
 # M rows of x   N out channels   K in channels, padded   R rank
@@ -34,10 +36,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 from gesso_core.layers.linear import Activation, linear
 from gesso_core.lora.active import LowRank, active_low_rank, low_rank_product
 from gesso_core.quant.device_layouts import buffers_of
+from gesso_core.quant.exact import exact_linear
 from gesso_core.quant.record import QuantizedLinear
-from gesso_core.quant.reference import svdquant_linear_ref
 
 _NO_BRANCH: Final[LowRank] = (torch.empty(0), torch.empty(0))
+# Here the branch is a part of the weight; a LoRA is added beside the layer.
+_BRANCH_IN_WEIGHT: Final[tuple[Mode, ...]] = ("dequantized", "reference")
 
 
 class SVDQuantLinear(nn.Module):
@@ -52,6 +56,7 @@ class SVDQuantLinear(nn.Module):
         input_format: what x is quantized to before the product; None where it is not, or where
             that is part of the reference.
         rank: R of the layer itself, without LoRAs.
+        record_nbytes: bytes of the record that the layer was made from.
     """
 
     # Buffers; which of them exist depends on the mode.
@@ -70,7 +75,7 @@ class SVDQuantLinear(nn.Module):
         super().__init__()
         self.mode: Mode = mode
         self.in_features, self.out_features = record.in_features, record.out_features
-        self.rank = record.rank
+        self.rank, self.record_nbytes = record.rank, record.nbytes
         self.input_format = _input_format(record, mode)
         names = ("weight", "activation", "in_features", "shift")
         self.record_facts: dict[str, Any] = {name: getattr(record, name) for name in names}
@@ -168,13 +173,13 @@ class SVDQuantLinear(nn.Module):
         return self
 
     def _own_branch(self) -> LowRank:
-        """``down`` and ``up``; empty where they are merged into the weight."""
-        if self.mode == "dequantized":
+        """``down`` and ``up``; empty where the weight has them."""
+        if self.mode in _BRANCH_IN_WEIGHT:
             return _NO_BRANCH
         return self.down, self.up
 
     def _can_join(self, extra: LowRank) -> bool:
-        return self.mode != "dequantized" and self.rank + len(extra[0]) <= MAX_RANK
+        return self.mode not in _BRANCH_IN_WEIGHT and self.rank + len(extra[0]) <= MAX_RANK
 
     def _joined_branch(self, extra: LowRank) -> LowRank:
         """``down`` and ``up`` with the ranks of a LoRA appended; kept while that LoRA exists."""
@@ -199,10 +204,15 @@ def _dequantized(layer: SVDQuantLinear, x: Tensor, _: LowRank, activation: Activ
     return linear(x, layer.weight, layer.bias, activation)
 
 
-def _reference(layer: SVDQuantLinear, x: Tensor, branch: LowRank, activation: Activation) -> Tensor:
-    down, up = branch
-    y = svdquant_linear_ref(replace(record_of(layer), down=down, up=up), x)
-    return F.silu(y) if activation == "silu" else y
+def _reference(layer: SVDQuantLinear, x: Tensor, _: LowRank, activation: Activation) -> Tensor:
+    facts = layer.record_facts
+    return exact_linear(
+        x,
+        layer._buffers,
+        format=facts["activation"],
+        shift=facts["shift"],
+        activation=activation,
+    )
 
 
 def _weight_only(
@@ -288,10 +298,3 @@ _COMPUTE: Final[dict[Mode, Compute]] = {
     "w4a16": _weight_only,
     **dict.fromkeys(_PRODUCTS, _quantized_input),
 }
-
-
-def record_of(layer: SVDQuantLinear) -> QuantizedLinear:
-    """The record of a layer in the mode ``reference``, which keeps it as stored."""
-    assert layer.mode == "reference"
-    fields: dict[str, Any] = {**layer.record_facts, **dict(layer.named_buffers(recurse=False))}
-    return QuantizedLinear(**fields)

@@ -1,4 +1,4 @@
-"""What a quantized layer computes, in plain torch: the oracle of the kernels, and the CPU path.
+"""What a quantized layer computes, in plain torch: the oracle of the kernels and of `exact`.
 
     h = T(T(x + δ) / λ)                      4-bit inputs: both steps rounded to T, the type of x
     h = (x + δ) · (1 / λ)                    8-bit inputs: fp32

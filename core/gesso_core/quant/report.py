@@ -138,7 +138,7 @@ def plot_errors(reports: Sequence[QuantizationReport], path: Path) -> None:
     axes.set(yscale="log", ylabel="relative output error", title=f"{reports[0].model}, by layer")
     axes.tick_params(axis="x", labelrotation=90, labelsize=6)
     axes.grid(visible=True, which="both", alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside right upper")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 

@@ -6,6 +6,7 @@ answer counts, and before the first one the registry does: a job waits in the qu
 
 import asyncio
 import time
+from dataclasses import replace
 from typing import Annotated
 
 from fastapi import Depends, Request
@@ -60,8 +61,13 @@ class Catalog:
         served = self._served.get(service)
         if served is None:
             return known
-        # A service may serve a folder under a name of its own, which no registry knows.
-        return {n: known.get(n) or ModelEntry(name=n, task=task, summary="") for n in served}
+        return {name: known.get(name) or self._of_folder(name, task) for name in served}
+
+    def _of_folder(self, name: str, task: Task) -> ModelEntry:
+        """A service may serve a folder under a name of its own, which no registry knows."""
+        entry = ModelEntry(name=name, task=task, summary="")
+        in_use = self._in_use.get(name)
+        return entry if in_use is None else replace(entry, native_size=in_use.native_size)
 
     async def find(self, task: Task, name: str | None) -> ModelEntry:
         """The model of that name, or the default one; ``UnknownModel`` lists what there is."""
@@ -79,7 +85,8 @@ class Catalog:
     def describe(self, entry: ModelEntry) -> Model:
         """The entry as ``/v1/models`` shows it, with what its service says of it."""
         in_use = self._in_use.get(entry.name)
-        return describe(entry).model_copy(update=in_use.model_dump() if in_use else {})
+        told = in_use.model_dump(include={"quantization", "weight_bytes"}) if in_use else {}
+        return describe(entry).model_copy(update=told)
 
     async def _refresh(self, service: str) -> None:
         age = time.monotonic() - self._asked_at.get(service, float("-inf"))

@@ -24,7 +24,9 @@ from gesso_services.runtime.settings import ServiceSettings
 
 MODEL, AUTOENCODER = "sana-tiny", "dcae-tiny"
 SLOW_STEP_S = 0.15
-IN_USE = ModelInUse(quantization="svdquant-int4-r32 (dequantized)", weight_bytes=14_000_000)
+IN_USE = ModelInUse(
+    quantization="svdquant-int4-r32 (dequantized)", weight_bytes=14_000_000, native_size=64
+)
 
 
 def gradient(seed: int, width: int, height: int) -> Pixels:
