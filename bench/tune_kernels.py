@@ -36,6 +36,7 @@ KERNELS: dict[str, tuple[Mode, str]] = {
     "gemm_w4a8": ("w4a8_prog", "int4"),
     "gemm_w4a4": ("w4a4_i8dot", "int4"),
     "gemm_w4a16": ("w4a16", "int4"),
+    "gemm_w4a16_nvfp4": ("w4a16", "nvfp4"),
     "gemm_nvfp4": ("nvfp4", "nvfp4"),
 }
 Run = Callable[[Tile], Tensor]
@@ -49,7 +50,7 @@ def candidates(kernel: str, shape: ShapeClass, smoke: bool) -> Iterator[Tile]:
     few = shape in ("tiny", "small")
     rows = (16, 32, 64) if few else (64, 128)
     steps = (64, 128) if kernel.startswith("gemm_w8a8") or kernel == "gemm_nvfp4" else (64,)
-    splits = (1, 2, 4, 8) if kernel == "gemm_w4a16" and few else (1,)
+    splits = (1, 2, 4, 8) if kernel.startswith("gemm_w4a16") and few else (1,)
     choices = itertools.product(rows, (64, 128, 256), steps, (4, 8), (3, 4, 5), splits)
     for block_m, block_n, block_k, warps, stages, split_k in choices:
         if block_m * block_n > 128 * 256 or (block_m * block_n >= 128 * 128 and warps < 8):
@@ -69,7 +70,8 @@ def runs_of(kernel: str, x: Tensor, shape: tuple[int, int], bench: Bench) -> Run
     x = x.to(dtype)
     out = {"activation": "none", "out_dtype": dtype}
     if mode == "w4a16":
-        given = (x, m.smooth, m.weight4, m.weight_scale, None, m.down, m.up, None)
+        alpha = m.alpha if weight == "nvfp4" else None
+        given = (x, m.smooth, m.weight4, m.weight_scale, alpha, m.down, m.up, None)
         return lambda tile: gemm_w4a16.gemm_w4a16_triton(*given, tile=tile)
     formats: dict[Mode, InputFormat] = {
         "w8a8_int8": "int8", "w8a8_fp8": "fp8", "w4a8_prog": "int8", "w4a4_i8dot": "int4",

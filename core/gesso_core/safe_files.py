@@ -1,10 +1,17 @@
-"""Opening files that a stranger may have written: names stay in their folder, pickles stay shut."""
+"""Opening files that a stranger may have written: names stay in their folder, pickles stay shut.
 
+And writing tensors, so that nobody ever opens half a file.
+"""
+
+import io
 import json
+import os
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from gesso_core.errors import UnsafeFile, WeightsError
@@ -12,6 +19,7 @@ from gesso_core.errors import UnsafeFile, WeightsError
 MAX_HEADER_BYTES: Final = 100_000_000
 PICKLE_STARTS: Final = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 PICKLE_SUFFIXES: Final = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
+_WRONG_TYPES: Final = (TypeError, AttributeError, RecursionError)
 POINTER_START: Final = b"version https://git-lfs"
 
 
@@ -71,24 +79,34 @@ def read_header(path: Path) -> dict[str, Any]:
         WeightsError: the file is missing, truncated, or something else altogether.
     """
     try:
-        size = path.stat().st_size
         with path.open("rb") as file:
-            prefix = file.read(32)
-            _refuse_other_kinds(path, prefix)
-            length = int.from_bytes(prefix[:8], "little")
-            if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-                raise WeightsError(_broken(path, f"a header of {length} bytes in {size} bytes"))
-            file.seek(8)
-            header = json.loads(file.read(length))
-            tensors = {k: v for k, v in header.items() if k != "__metadata__"}
-            end = max((int(v["data_offsets"][1]) for v in tensors.values()), default=0)
+            return _header(path, file, os.fstat(file.fileno()).st_size)
     except FileNotFoundError as error:
         raise WeightsError(
             f"{path} is missing; pull the model again, or check the folder"
         ) from error
     except OSError as error:
         raise WeightsError(f"cannot read {path}: {error}") from error
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+
+
+def header_of(path: Path, data: bytes) -> dict[str, Any]:
+    """`read_header` of bytes that were read from ``path``, whatever has become of the file."""
+    return _header(path, io.BytesIO(data), len(data))
+
+
+def _header(path: Path, file: BinaryIO, size: int) -> dict[str, Any]:
+    prefix = file.read(32)
+    _refuse_other_kinds(path, prefix)
+    length = int.from_bytes(prefix[:8], "little")
+    if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+        raise WeightsError(_broken(path, f"a header of {length} bytes in {size} bytes"))
+    file.seek(8)
+    try:
+        header = json.loads(file.read(length))
+        _require_texts(header.get("__metadata__", {}))
+        tensors = {k: v for k, v in header.items() if k != "__metadata__"}
+        end = max((int(v["data_offsets"][1]) for v in tensors.values()), default=0)
+    except (ArithmeticError, LookupError, ValueError, *_WRONG_TYPES) as error:
         raise WeightsError(_broken(path, f"no readable header ({error})")) from error
     if size != 8 + length + end:
         raise WeightsError(_broken(path, f"{size} bytes instead of {8 + length + end}"))
@@ -103,6 +121,23 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise WeightsError(_broken(path, str(error))) from error
+
+
+def _require_texts(metadata: Any) -> None:
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise TypeError("__metadata__ must hold texts by name")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file that is either whole or not there, and its folder if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.unlink(missing_ok=True)
+    partial.touch()
+    readable = partial.stat().st_mode  # as the user has it; `save_file` makes it private
+    save_file({name: t.contiguous() for name, t in tensors.items()}, partial, metadata)
+    partial.chmod(readable)
+    partial.replace(path)
 
 
 def _refuse_other_kinds(path: Path, prefix: bytes) -> None:

@@ -24,7 +24,7 @@ Budget = Literal["4bit", "8bit"]
 Arch = tuple[int, int]
 
 MODES: Final[dict[Mode, str]] = {
-    "reference": "plain torch in the exact arithmetic of the file; slow, on every device",
+    "reference": "plain torch in the exact arithmetic of the file; on every device",
     "dequantized": "weights and branch merged into one 16- or 32-bit matrix; on every device",
     "w4a16": "4-bit weights, 16-bit inputs; for few tokens, where reading weights is the cost",
     "w4a4_i8dot": "4-bit weights and inputs, multiplied as int8, rescaled per group of 64",

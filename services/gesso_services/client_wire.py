@@ -94,8 +94,10 @@ def generation(prompt: str, wanted: Json) -> Json:
     return {"prompt": prompt, **given, "stream": True, "response_format": "b64_json"}
 
 
-def loras(wanted: Mapping[str, float] | Iterable[str | Json]) -> list[Json]:
-    """LoRAs as the server takes them."""
+def loras(wanted: str | Mapping[str, float] | Iterable[str | Json]) -> list[Json]:
+    """LoRAs as the server takes them; one may be its name alone."""
+    if isinstance(wanted, str):
+        wanted = [wanted]
     if isinstance(wanted, Mapping):
         return [{"name": name, "strength": strength} for name, strength in wanted.items()]
     return [{"name": use} if isinstance(use, str) else dict(use) for use in wanted]

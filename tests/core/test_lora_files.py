@@ -1,9 +1,12 @@
 """LoRA files and the folder they lie in: what is refused, and what happens when files change."""
 
+import itertools
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -172,6 +175,46 @@ def test_a_library_reads_what_changed_and_nothing_else(tmp_path: Path, layers: L
     second = stack_of(library, INK)
     assert second.key != first.key
     assert second.uses[0].sha256 != first.uses[0].sha256
+
+
+def test_threads_get_whole_adapters_while_their_file_is_replaced(
+    tmp_path: Path, layers: LayerMap
+) -> None:
+    library = LoraLibrary(tmp_path, layers, cache_bytes=1)  # reads again and again
+    spare = tmp_path / "spare"
+    spare.mkdir()
+    contents: dict[str, float] = {}
+    for number in (1.0, 2.0):  # in the factors, and in the scale that the metadata gives
+        factors = {key: tensor * number for key, tensor in PAIR.items()}
+        path = written(spare, factors, str(number), lora_alpha=4 * number)
+        contents[read_adapter(path).sha256] = number
+    (tmp_path / "ink.safetensors").write_bytes(path.read_bytes())
+    stop = Event()
+
+    def replace_it() -> None:
+        for number in itertools.cycle((1.0, 2.0)):
+            (spare / "next").write_bytes((spare / f"{number}.safetensors").read_bytes())
+            (spare / "next").replace(tmp_path / "ink.safetensors")
+            if stop.is_set():
+                return
+
+    def use(strength: float) -> None:
+        for _ in range(40):
+            made = stack_of(library, replace(INK, strength=strength))
+            (used,) = made.uses
+            assert used.strength == strength
+            ((down, up),) = made._factors.values()
+            assert down[:4].eq(contents[used.sha256]).all()
+            assert up[:64, :4].eq(contents[used.sha256] ** 2 * strength).all()
+
+    with ThreadPoolExecutor(4) as pool:
+        writer = pool.submit(replace_it)
+        try:
+            for user in [pool.submit(use, strength) for strength in (0.5, 1.0, -1.0)]:
+                user.result()
+        finally:
+            stop.set()
+        writer.result()
 
 
 def test_a_library_keeps_no_more_than_its_bytes(

@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+from gesso_core.pipelines.load import load_denoiser
 from gesso_core.pipelines.recipe import GenerationRequest
 from gesso_core.pipelines.text_to_image import TextToImage
+from gesso_kernels.modes import Mode
 
 BACKGROUNDS = {"red": (0.86, 0.20, 0.20), "green": (0.25, 0.68, 0.35), "blue": (0.20, 0.42, 0.88)}
 
@@ -32,6 +34,26 @@ def test_a_shipped_picture_is_the_same_alone_and_among_others(pipeline: TextToIm
     for request, picture in zip(requests, pipeline(*requests), strict=True):
         alone = pipeline(request)[0].pixels_HWC.astype(int)
         assert np.abs(alone - picture.pixels_HWC).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("mode", "max_batch_pixels", "levels"),
+    [
+        ("dequantized", 4 * 1024 * 1024, 1),
+        # Quantized inputs: a last bit that depends on the batch can move a code.
+        ("reference", 1, 0),
+    ],
+)
+@pytest.mark.parametrize("name", ["sana-tiny-int4", "sana-tiny-nvfp4", "sana-tiny-w8a8"])
+def test_a_quantized_picture_is_the_same_alone_and_among_others(
+    pipeline: TextToImage, name: str, mode: Mode, max_batch_pixels: int, levels: int
+) -> None:
+    quantized = TextToImage(load_denoiser(name, quantized_mode=mode), pipeline.autoencoder)
+    requests = [apple_on(color, seed, quantized) for seed, color in enumerate(BACKGROUNDS)]
+    together = quantized(*requests, max_batch_pixels=max_batch_pixels)
+    for request, picture in zip(requests, together, strict=True):
+        alone = quantized(request)[0].pixels_HWC.astype(int)
+        assert np.abs(alone - picture.pixels_HWC).max() <= levels
 
 
 def test_the_shipped_model_knows_its_domain(pipeline: TextToImage) -> None:

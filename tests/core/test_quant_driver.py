@@ -11,14 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gesso_core.errors import ConfigError, InvalidRequest, WeightsError
+from gesso_core.hub import load_sana
 from gesso_core.metrics import psnr
 from gesso_core.pipelines.recipe import GenerationRequest
 from gesso_core.pipelines.text_to_image import TextToImage
+from gesso_core.quant.calibration import MAXIMA
 from gesso_core.quant.canonical import CANONICAL_FILE, read_canonical
-from gesso_core.quant.driver import WORK, Format, quantize_model
+from gesso_core.quant.driver import WORK, quantize_model
 from gesso_core.quant.record import QuantizedLinear
 from gesso_core.quant.report import QuantizationReport, load_report, plot_errors
-from torch import Tensor, from_numpy
+from gesso_core.quant.settings import Format, Settings
+from gesso_core.safe_files import read_tensors
+from torch import Tensor, from_numpy, nn
 
 PROMPTS = ("a red apple", "an owl on a blue background")
 CHOICES = {"rank": 4, "steps": 2, "prompts": PROMPTS, "max_tokens": 64, "layers": "sana"}
@@ -183,7 +187,9 @@ def test_lost_captures_of_a_half_done_run_are_made_again(
     assert sha256(tmp_path / CANONICAL_FILE) == sha256(int4 / CANONICAL_FILE)
 
 
-def test_the_report_has_every_layer_and_counts_the_bytes(int4: Path) -> None:
+def test_the_report_has_every_layer_and_counts_the_bytes(
+    int4: Path, captured: Path, tiny_pipeline: Path
+) -> None:
     report, content = load_report(int4), read_canonical(int4 / CANONICAL_FILE)
     assert [layer.name for layer in report.layers] == sorted(
         content.layers, key=[layer.name for layer in report.layers].index
@@ -192,10 +198,14 @@ def test_the_report_has_every_layer_and_counts_the_bytes(int4: Path) -> None:
     stored = [*content.plain.values()]
     stored += [t for layer in content.layers.values() for t in layer.tensors().values()]
     assert report.nbytes == sum(tensor.nbytes for tensor in stored)
+    dense = load_sana(tiny_pipeline / "transformer")
+    assert report.nbytes_16bit == 2 * sum(p.numel() for p in dense.parameters())
     assert report.nbytes < report.nbytes_16bit
+    maxima = read_tensors(captured / MAXIMA)
     assert report.error < report.naive
     for layer in report.layers:
         assert 0 < layer.error < 0.5
+        assert layer.largest_input == float(maxima[layer.name].max()) > 0
         assert f"| {layer.name} |" in report.markdown()
     assert (int4 / "quantization_report.md").read_text() == report.markdown() + "\n"
 
@@ -278,6 +288,40 @@ def test_a_quantized_model_is_not_quantized_again(
     (pipeline / "transformer").symlink_to(int4)
     with pytest.raises(InvalidRequest, match="quantized already"):
         quantize_model(pipeline, tmp_path / "out", to="int4", prompts=PROMPTS)
+
+
+def test_a_rank_that_a_layer_has_not_is_refused_before_anything_is_drawn(
+    quantize: Quantize, tmp_path: Path
+) -> None:
+    calls: list[str] = []
+    with pytest.raises(InvalidRequest, match="at most 64"):
+        quantize(tmp_path, rank=65, on_progress=lambda stage, *_: calls.append(stage))
+    assert calls == []
+
+
+def test_a_folder_that_cannot_be_written_is_refused(quantize: Quantize, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "inside", Path("/proc/quantized")):
+        with pytest.raises(InvalidRequest, match="name a new folder") as error:
+            quantize(folder)
+        assert str(folder) in error.value.message
+
+
+def test_gptq_keeps_rows_enough_for_the_widest_layer() -> None:
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.narrow, self.wide = nn.Linear(64, 64), nn.Linear(5600, 64)
+
+    def kept(*, gptq: bool, keep_tokens: bool = False) -> int:
+        settings = Settings(
+            to="int4", rank=32, gptq=gptq, svd="randomized", layers="sana", steps=None, seed=0,
+            max_tokens=4096,
+        )  # fmt: skip
+        return settings.for_layers(Wide(), ("narrow", "wide"), keep_tokens=keep_tokens).max_tokens
+
+    assert kept(gptq=True) == 2 * 5600
+    assert kept(gptq=False) == kept(gptq=True, keep_tokens=True) == 4096
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 """Foreign quantized formats: exact round trips, names, metadata, and every way a file is bad."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -313,9 +315,24 @@ def test_pag_weights_of_a_sana_file_are_left_out(tmp_path: Path) -> None:
 
 def test_a_layer_that_the_engine_has_in_16_bit_is_refused(tmp_path: Path) -> None:
     model = sana_model()
-    layers = {**model.layers, "blocks.0.cross.kv": random_layer(192, 96)}
-    with pytest.raises(WeightsError, match="--layers sana-nunchaku"):
+    layers = {**model.layers, "blocks.0.ffn.gate": random_layer(192, 96)}
+    with pytest.raises(WeightsError, match=r"ffn\.gate in 16 bit; leave that layer out"):
         export_quantized(QuantizedModel(layers=layers, plain=model.plain), tmp_path / "x")
+
+
+def test_keys_and_values_of_the_text_are_written_in_16_bit(tmp_path: Path) -> None:
+    model, path = sana_model(), tmp_path / "x.safetensors"
+    plain = {n: t for n, t in model.plain.items() if not n.startswith("blocks.0.cross.kv")}
+    text = replace(random_layer(192, 96, seed=8), activation="16bit")
+    quantized = QuantizedModel(layers={**model.layers, "blocks.0.cross.kv": text}, plain=plain)
+    export_quantized(quantized, path, config=sana_config())
+    back = import_quantized(path)
+    assert back.layers.keys() == model.layers.keys()
+    assert back.plain.keys() == model.plain.keys()
+    weight = back.plain["blocks.0.cross.kv.weight"]
+    assert torch.equal(weight, text.dense().to(text.smooth.dtype))
+    assert text.bias is not None
+    assert torch.equal(back.plain["blocks.0.cross.kv.bias"], text.bias)
 
 
 def test_a_block_with_a_layer_in_16_bit_is_refused(tmp_path: Path) -> None:
@@ -593,6 +610,112 @@ def test_a_damaged_modelopt_layer_is_named(
 
 
 # --- bad files ---------------------------------------------------------------------------------
+
+DAMAGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "whole numbers": Tensor.long,
+    "float64": Tensor.double,
+    "8 bit": lambda t: t.to(torch.int8),
+    "flat": Tensor.flatten,
+    "a row less": lambda t: t[:-1] if t.ndim else t,
+    "empty": lambda t: t[:0] if t.ndim else t,
+    "one number": lambda t: t.flatten()[0],
+    "transposed": lambda t: t.T if t.ndim == 2 else t[None],
+    "infinite": lambda t: t / 0 if t.is_floating_point() and t.element_size() > 1 else t.float(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("kind", ["nunchaku-v1", "modelopt", "deepcompressor"])
+def test_a_damaged_tensor_is_refused_or_makes_a_layer_that_can_run(
+    tmp_path: Path, kind: str, damage: str
+) -> None:
+    for number, write in enumerate(files_with_each_tensor(kind)):
+        path = tmp_path / str(number)
+        write(path, DAMAGES[damage])
+        try:
+            model = import_quantized(path)
+        except WeightsError:
+            continue
+        for layer, record in model.layers.items():
+            record.require_valid(layer)
+
+
+Write = Callable[[Path, Callable[[Tensor], Tensor]], object]
+
+
+def files_with_each_tensor(kind: str) -> Iterator[Write]:
+    """A writer of a file per tensor, in which that tensor is changed."""
+    if kind == "deepcompressor":
+        for part, tensors in flux_inputs().items():
+            if part != "branch":
+                for name in [n for n in tensors if n.startswith("transformer_blocks.0.")][::3]:
+                    yield partial(changed_intermediate, part, name)
+        return
+    if kind == "modelopt":
+        tensors, metadata = modelopt_tensors(), None
+    else:
+        with TemporaryDirectory() as folder:
+            path = Path(folder, "x.safetensors")
+            export_quantized(sana_model(), path, config=sana_config())
+            tensors, metadata = load_file(path), read_header(path)["__metadata__"]
+    for name in [n for n in tensors if "_blocks.1." not in n]:
+        yield partial(changed_file, tensors, metadata, name)
+
+
+def changed_file(
+    tensors: dict[str, Tensor],
+    metadata: dict[str, str] | None,
+    name: str,
+    path: Path,
+    damage: Callable[[Tensor], Tensor],
+) -> None:
+    save_file(tensors | {name: damage(tensors[name]).contiguous()}, path, metadata)
+
+
+def changed_intermediate(
+    part: str, name: str, path: Path, damage: Callable[[Tensor], Tensor]
+) -> None:
+    tensors: dict[str, object] = dict(flux_inputs()[part])
+    tensors[name] = damage(flux_inputs()[part][name])
+    extra = {"proj.fuse_when_possible": False} if part == "smooth" else {}
+    intermediate_folder(path, **{part: tensors | extra})
+
+
+@pytest.mark.parametrize("key", ["gesso_layers", "config", "quantization_config", "gesso_made_by"])
+def test_damaged_metadata_of_a_nunchaku_file_is_refused(tmp_path: Path, key: str) -> None:
+    path = tmp_path / "x.safetensors"
+    export_quantized(sana_model(), path, config=sana_config())
+    tensors, metadata = load_file(path), read_header(path)["__metadata__"]
+    for text in ("{", "[]", "5", "null", "[" * 50_000):
+        save_file(tensors, path, metadata | {key: text})
+        with pytest.raises(WeightsError, match=f"metadata entry {key!r} is not"):
+            import_quantized(path)
+
+
+@pytest.mark.parametrize("value", [-1, "x", 65, 10**9, 2.5, True, None])
+def test_sizes_of_a_nunchaku_file_that_cannot_be_are_refused(tmp_path: Path, value: object) -> None:
+    path = tmp_path / "x.safetensors"
+    export_quantized(sana_model(), path, config=sana_config())
+    tensors, metadata = load_file(path), read_header(path)["__metadata__"]
+    for count in ("out_features", "columns", "rank"):
+        sizes = json.loads(metadata["gesso_layers"])
+        sizes["transformer_blocks.0.attn.out_proj"][count] = value
+        save_file(tensors, path, metadata | {"gesso_layers": json.dumps(sizes)})
+        if (count, value) != ("out_features", 65):  # a layer may have any number of rows
+            with pytest.raises(WeightsError):
+                import_quantized(path)
+
+
+@pytest.mark.parametrize("value", [-1, "x", [1], 1e308, float("nan"), True])
+@pytest.mark.parametrize("key", ["num_attention_heads", "attention_head_dim", "mlp_ratio"])
+def test_a_configuration_that_cannot_be_is_refused(tmp_path: Path, key: str, value: object) -> None:
+    path = tmp_path / "x.safetensors"
+    export_quantized(sana_model(), path, config=sana_config())
+    tensors, metadata = load_file(path), read_header(path)["__metadata__"]
+    config = sana_config() | {key: value}
+    save_file(tensors, path, metadata | {"config": json.dumps(config)})
+    with pytest.raises(WeightsError, match=f"has {key} .*expected a number from 0"):
+        import_quantized(path)
 
 
 def good_file(tmp_path: Path) -> Path:

@@ -74,6 +74,10 @@ def test_versions_are_measured_against_the_model_as_it_is() -> None:
     assert exact.pictures == 2
     assert rounded.psnr_db is not None
     assert 10 < rounded.psnr_db < 35
+    assert rounded.ssim is not None
+    assert 0.1 < rounded.ssim < 0.98
+    assert rounded.perceptual is not None
+    assert 0.005 < rounded.perceptual < 2
     assert rounded.weight_bytes < 0.5 * exact.weight_bytes
     assert f"| naive W4A4 | {rounded.weight_bytes:,} | {rounded.psnr_db:.2f} |" in table(qualities)
 
@@ -99,6 +103,12 @@ def test_svdquant_is_closer_to_the_exact_pictures_than_plain_rounding(tmp_path: 
     assert int4.perceptual is not None
     assert naive.perceptual is not None
     assert int4.perceptual < 0.75 * naive.perceptual
+
+
+def test_a_model_that_is_not_there_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        quality.main(["--models", "nowhere"])
+    assert "nowhere is not a folder; give a model folder or a name" in capsys.readouterr().err
 
 
 @pytest.mark.slow

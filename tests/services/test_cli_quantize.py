@@ -201,6 +201,23 @@ def same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
     )
 
 
+def test_what_cannot_be_exported_is_told(here: Path) -> None:
+    for model, sentence in (
+        ("sana-tiny", "sana-tiny is not quantized"),
+        ("sana-tiny-w8a8", "quantize again --to int4 or nvfp4"),
+        ("prompts.txt", "prompts.txt is a file; give the folder of a model"),
+    ):
+        failed(gesso("models", "export-quantized", model, "out.safetensors"), sentence)
+    assert [path.name for path in here.iterdir()] == ["prompts.txt"]
+
+
+def test_a_model_of_ours_is_imported_with_its_configuration(here: Path) -> None:
+    source = SHIPPED / "sana-tiny-int4"
+    assert gesso("models", "import-quantized", str(source), "copy").exit_code == 0
+    for name in ("config.json", CANONICAL_FILE):
+        assert (here / "copy" / name).read_bytes() == (source / name).read_bytes()
+
+
 def test_a_file_of_no_known_format_is_told(here: Path, tiny_pipeline: Any) -> None:
     file = tiny_pipeline / "transformer" / "diffusion_pytorch_model.safetensors"
     failed(gesso("models", "import-quantized", str(file), "out"), "no quantized layers")

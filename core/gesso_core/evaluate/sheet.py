@@ -23,6 +23,7 @@ from gesso_core.train.compose import COLORS, composite, palette_colors, sprites_
 COLUMNS = 8
 SCALE = 2
 LINE = 11  # pixels per line of a caption
+LINES = 3
 PROMPTS = (
     "a car", "a dog", "a cat", "a house", "a tree", "a plane", "a pizza", "a rocket",
     "a red apple, 3D style, on a blue background",
@@ -53,14 +54,14 @@ PROMPTS = (
 def contact_sheet(pictures_BCHW: Tensor, captions: Sequence[str]) -> Image.Image:
     """Pictures in [-1, 1] as a grid of eight columns, enlarged, with captions below."""
     side = SIZE * SCALE
-    cell = side + 3 * LINE + 4
+    cell = side + LINES * LINE + 4
     rows = -(-len(captions) // COLUMNS)
     sheet = Image.new("RGB", (COLUMNS * (side + 4), rows * cell), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=10)
-    for i, (picture, caption) in enumerate(zip(_to_images(pictures_BCHW), captions, strict=True)):
+    for i, (picture, caption) in enumerate(zip(to_images(pictures_BCHW), captions, strict=True)):
         x, y = i % COLUMNS * (side + 4) + 2, i // COLUMNS * cell
         sheet.paste(picture.resize((side, side), Image.Resampling.NEAREST), (x, y))
-        for number, line in enumerate(_wrapped(caption, side, font)):
+        for number, line in enumerate(wrapped(caption, side, font)[:LINES]):
             pen.text((x, y + side + number * LINE), line, fill="black", font=font)
     return sheet
 
@@ -74,18 +75,18 @@ def reconstruction_sheet(folder: Path) -> Image.Image:
         decoded = load_dc_ae(folder)(pictures).clamp(-1, 1)
     pairs = torch.cat([pictures, decoded], dim=2)  # one below the other
     rows = [torch.cat(list(row), dim=2) for row in torch.split(pairs, 12)]
-    (image,) = _to_images(torch.cat(rows, dim=1)[None])
+    (image,) = to_images(torch.cat(rows, dim=1)[None])
     return image.resize((image.width * SCALE, image.height * SCALE), Image.Resampling.NEAREST)
 
 
-def _to_images(pictures_BCHW: Tensor) -> list[Image.Image]:
+def to_images(pictures_BCHW: Tensor) -> list[Image.Image]:
+    """Pictures (B, 3, H, W) in [-1, 1]."""
     scaled = ((pictures_BCHW.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return [Image.fromarray(np.asarray(p.permute(1, 2, 0))) for p in scaled]
 
 
-def _wrapped(
-    text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont
-) -> list[str]:
+def wrapped(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> list[str]:
+    """The text in lines of at most ``width`` pixels, if its words allow it."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -93,7 +94,7 @@ def _wrapped(
             lines[-1] = longer
         else:
             lines.append(word)
-    return lines[:3]
+    return lines
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -25,7 +25,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from gesso_core.errors import WeightsError
-from gesso_core.safe_files import read_header
+from gesso_core.safe_files import header_of
 
 MAX_RANK: Final = 1024
 MAX_FILE_BYTES: Final = 1 << 30
@@ -87,15 +87,15 @@ def read_adapter(path: Path) -> Adapter:
         UnsafeFile: a pickle.
         WeightsError: not a complete safetensors file, too large, or not a LoRA; names the key.
     """
-    header = read_header(path)
-    size = path.stat().st_size
-    if size > MAX_FILE_BYTES:
-        raise WeightsError(
-            f"{path.name} has {size:,} bytes; a LoRA may have {MAX_FILE_BYTES:,}, "
-            "reduce its rank or store it in 16 bit"
-        )
     try:
-        data = path.read_bytes()  # not mapped: the file may be replaced while it is in use
+        with path.open("rb") as file:  # not mapped: the file may be replaced while it is in use
+            data = file.read(MAX_FILE_BYTES + 1)
+        if len(data) > MAX_FILE_BYTES:
+            raise WeightsError(
+                f"{path.name} has {path.stat().st_size:,} bytes; a LoRA may have "
+                f"{MAX_FILE_BYTES:,}, reduce its rank or store it in 16 bit"
+            )
+        header = header_of(path, data)
         tensors = load(data)
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path.name} cannot be read ({error}); copy it again") from error

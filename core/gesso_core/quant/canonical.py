@@ -12,12 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from gesso_core.errors import WeightsError
 from gesso_core.quant.record import QuantizedLinear
-from gesso_core.safe_files import read_header, read_tensors
+from gesso_core.safe_files import read_header, read_tensors, write_tensors
 
 CANONICAL_FILE: Final = "gesso_quantized.safetensors"
 METADATA_KEY: Final = "gesso_quantization"
@@ -43,26 +42,24 @@ class QuantizedModel:
 
 def write_canonical(path: Path, model: QuantizedModel) -> None:
     """Write the file; the same model gives the same bytes."""
-    tensors = {name: tensor.contiguous() for name, tensor in model.plain.items()}
+    tensors = dict(model.plain)
     for name, layer in sorted(model.layers.items()):
         layer.require_valid(name)
-        tensors |= {f"{name}.{part}": t.contiguous() for part, t in layer.tensors().items()}
+        tensors |= {f"{name}.{part}": tensor for part, tensor in layer.tensors().items()}
     facts = {
         name: {fact: getattr(layer, fact) for fact in _FACTS}
         for name, layer in sorted(model.layers.items())
     }
     about = {"version": VERSION, "layers": facts, "made_by": dict(model.made_by)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, {METADATA_KEY: json.dumps(about, sort_keys=True)})
-    partial.replace(path)
+    write_tensors(path, tensors, {METADATA_KEY: json.dumps(about, sort_keys=True)})
 
 
 def read_canonical(path: Path) -> QuantizedModel:
     """Read and check a canonical file.
 
     Raises:
-        WeightsError: truncated, not canonical, of another version, tensors missing or left over.
+        WeightsError: truncated, not canonical, of another version, tensors missing, or a layer
+            whose facts, types, shapes or numbers are not those of one.
     """
     about = read_about(path)
     tensors = read_tensors(path)
@@ -78,7 +75,7 @@ def read_canonical(path: Path) -> QuantizedModel:
                 f"{name} in {path} is incomplete ({error}); the file was cut or mixed, "
                 "quantize the model again"
             ) from error
-        layers[name].require_valid(name)
+        layers[name].require_valid(f"{path}: {name}")
     return QuantizedModel(layers=layers, plain=tensors, made_by=about["made_by"])
 
 
@@ -92,14 +89,19 @@ def read_about(path: Path) -> dict[str, Any]:
         )
     try:
         about = json.loads(text)
-        version, known = about["version"], about["layers"].keys() and about["made_by"] is not None
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        version = about["version"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise WeightsError(_damaged(path)) from error
+    if version != VERSION or type(version) is not int:
         raise WeightsError(
-            f"{path} has damaged {METADATA_KEY!r} metadata; quantize again"
-        ) from error
-    if version != VERSION or not known:
-        raise WeightsError(
-            f"{path} is a quantized file of version {version}, this gesso reads {VERSION}; "
-            "quantize the model again or use the gesso that made it"
+            f"{path} is a quantized file of version {version!r:.20}, this gesso reads "
+            f"{VERSION}; quantize the model again or use the gesso that made it"
         )
+    mappings = about.get("layers"), about.get("made_by")
+    if not all(isinstance(mapping, dict) for mapping in mappings) or not mappings[0]:
+        raise WeightsError(_damaged(path))
     return dict(about)
+
+
+def _damaged(path: Path) -> str:
+    return f"{path} has damaged {METADATA_KEY!r} metadata; quantize again"

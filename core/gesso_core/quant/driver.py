@@ -1,4 +1,6 @@
-"""Quantize a model, layer by layer; killed at any moment, it continues where it was.
+"""Quantize a model, layer by layer; killed at any moment, it continues.
+
+Finished layers and a finished calibration stay; a calibration that was cut off begins again.
 
     folder/.work/choices.json        what this run was asked for; another run is refused
     folder/.work/calibration/        captured inputs (`calibration`)
@@ -8,6 +10,9 @@
 
 A layer's numbers depend on its own inputs, weights and seed only, so a run that was interrupted
 ends with the same bytes as one that was not. ``.work`` is removed at the end.
+
+Memory: on a CPU the model runs in float32, 4 bytes per weight, whatever it is stored in; beside it
+lie the inputs of one layer and the fp32 copies of its matrix. Captures wait on disk.
 """
 
 import shutil
@@ -42,40 +47,15 @@ from gesso_core.quant.layer_map import LayerRule, find_layers, layer_map, matrix
 from gesso_core.quant.low_rank import Svd
 from gesso_core.quant.options import HALF_TYPES
 from gesso_core.quant.prompts import checked_prompts, default_prompts
-from gesso_core.quant.record import ActivationFormat, QuantizedLinear, WeightFormat
+from gesso_core.quant.record import ActivationFormat, QuantizedLinear
 from gesso_core.quant.report import LayerError, QuantizationReport, load_report
+from gesso_core.quant.settings import DEFAULT_RANK, FORMATS, Format, Settings, require_writable
 from gesso_core.safe_files import read_header, read_json
 
-Format = Literal["int4", "nvfp4", "w8a8"]
 Stage = Literal["calibrating", "quantizing"]
 OnProgress = Callable[[Stage, int, int, str], None]
 
-FORMATS: Final[Mapping[Format, WeightFormat]] = {"int4": "int4", "nvfp4": "nvfp4", "w8a8": "int8"}
-DEFAULT_RANK: Final = 32
-MAX_RANK: Final = 1024
 WORK: Final = ".work"
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Settings:
-    """The choices of `quantize_model`."""
-
-    to: Format
-    rank: int
-    gptq: bool
-    svd: Svd
-    layers: str
-    steps: int | None
-    seed: int
-    max_tokens: int
-
-    def __post_init__(self) -> None:
-        if self.to not in FORMATS:
-            raise InvalidRequest(
-                f"cannot quantize to {self.to!r}; use one of {', '.join(FORMATS)}", field="to"
-            )
-        if not 0 <= self.rank <= MAX_RANK:
-            raise InvalidRequest(f"rank {self.rank} is not in 0..{MAX_RANK}", field="rank")
 
 
 def quantize_model(
@@ -90,7 +70,7 @@ def quantize_model(
     prompts: Sequence[str] | None = None,
     steps: int | None = None,
     seed: int = DEFAULT_SEED,
-    max_tokens: int = DEFAULT_TOKENS,
+    max_tokens: int | None = None,
     captured: Path | None = None,
     on_progress: OnProgress = lambda stage, done, total, what: None,
     resume: bool = True,
@@ -107,20 +87,21 @@ def quantize_model(
         prompts: to calibrate on; by default those that the model brings.
         steps: of every calibration picture; by default the model's.
         seed: of the pictures and of every random choice.
-        max_tokens: rows that are kept of each layer's input.
+        max_tokens: rows that are kept of each layer's input; by default 4096, and with ``gptq``
+            at least twice as many as the widest layer has columns.
         captured: where the captured inputs are kept, for several formats of one model; by default
             they are removed at the end.
         on_progress: stage, how much of how much, and the name of a finished layer.
         resume: continue what lies in the folder; otherwise begin anew.
 
     Raises:
-        InvalidRequest: no prompts, or a setting out of range.
+        InvalidRequest: no prompts, a setting out of range, or a folder that cannot be written.
         WeightsError: the folder holds the work of another run.
         ConfigError: the layer map does not fit the model.
     """
-    settings = _Settings(
+    settings = Settings(
         to=to, rank=rank, gptq=gptq, svd=svd, layers=layers, steps=steps, seed=seed,
-        max_tokens=max_tokens,
+        max_tokens=max_tokens or DEFAULT_TOKENS,
     )  # fmt: skip
     rules = layer_map(layers)
     transformer = resolve_parts(name_or_folder, store=store).transformer
@@ -133,12 +114,15 @@ def quantize_model(
         list(default_prompts(name_or_folder, store=store) if prompts is None else prompts),
         "the list",
     )
+    require_writable(out_folder)
     denoiser = load_denoiser(name_or_folder, store=store)
     denoiser.model.chunk_ffn(1)  # a layer worked through in parts would never be called
+    found = find_layers(denoiser.model, rules)
+    settings = settings.for_layers(denoiser.model, found, keep_tokens=max_tokens is not None)
     metadata = file_metadata(weight_files(transformer).files[0])
     run = _Run(
         denoiser=denoiser,
-        rules=find_layers(denoiser.model, rules),
+        rules=found,
         prompts=prompts,
         settings=settings,
         dtype=_sixteen_bit(transformer),
@@ -173,7 +157,7 @@ class _Run:
     denoiser: Denoiser
     rules: Mapping[str, LayerRule]
     prompts: Sequence[str]
-    settings: _Settings
+    settings: Settings
     dtype: torch.dtype
     autoencoder_sha256: str
     folder: Path

@@ -20,7 +20,7 @@ from gesso_core.hub.checkpoint import trained_dtype
 from gesso_core.hub.load import UNSAFE_SANA, sana_config
 from gesso_core.models.sana import Sana
 from gesso_core.models.sana_config import SanaConfig
-from gesso_core.quant.canonical import CANONICAL_FILE, QuantizedModel, read_canonical
+from gesso_core.quant.canonical import CANONICAL_FILE, read_canonical
 from gesso_core.quant.device_layouts import layer_mode
 from gesso_core.quant.layer_map import matrix_of
 from gesso_core.quant.modules import SVDQuantLinear
@@ -55,17 +55,25 @@ def load_quantized_sana(
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else trained_dtype(folder)
     _check_dtype(folder, dtype)
+    if not (folder / "config.json").is_file():
+        raise WeightsError(
+            f"{folder} has no config.json beside {CANONICAL_FILE}; put that of the 16-bit model "
+            "there, which it was made from"
+        )
     config = sana_config(folder)
     with torch.device("meta"):
         model = Sana(config)
     content = read_canonical(folder / CANONICAL_FILE)
+    plain, layers = content.plain, dict(content.layers)
+    del content  # a record is let go once its layer has what it needs of it
     try:
-        for name, record in content.layers.items():
+        for name in list(layers):
+            record = layers.pop(name)
             chosen = choose(record.weight, mode, budget, device, config)
             _put_layer(model, name, record, chosen, device, dtype)
     except UnsupportedMode as error:
         raise ConfigError(f"{folder}: {error}", field="mode") from error
-    _fill_plain(model, content, folder, device, dtype)
+    _fill_plain(model, plain, folder, device, dtype)
     return model.eval().requires_grad_(False)
 
 
@@ -191,7 +199,11 @@ def _require_fit(name: str, record: QuantizedLinear, weight: Tensor, bias: Tenso
 
 
 def _fill_plain(
-    model: Sana, content: QuantizedModel, folder: Path, device: torch.device, dtype: torch.dtype
+    model: Sana,
+    plain: Mapping[str, Tensor],
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> None:
     """Assign every tensor that was not quantized; what is left over or missing is an error."""
     quantized = {name for name, m in model.named_modules() if isinstance(m, SVDQuantLinear)}
@@ -200,10 +212,10 @@ def _fill_plain(
         for key, tensor in model.state_dict().items()
         if key.rpartition(".")[0] not in quantized
     }
-    _compare(content.plain, expected, folder)
+    _compare(plain, expected, folder)
     state: dict[str, Any] = {
         key: tensor.to(device, dtype if tensor.is_floating_point() else None)
-        for key, tensor in content.plain.items()
+        for key, tensor in plain.items()
     }
     model.load_state_dict(state, strict=False, assign=True)
 
@@ -216,6 +228,11 @@ def _compare(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], folder
             f"{key} {list(given[key].shape)}, expected {list(tensor.shape)}"
             for key, tensor in sorted(expected.items())
             if key in given and given[key].shape != tensor.shape
+        ],
+        "no real numbers": [
+            f"{key} is {given[key].dtype}"
+            for key, tensor in sorted(expected.items())
+            if key in given and given[key].is_floating_point() != tensor.is_floating_point()
         ],
     }
     lines = [f"  {kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys]

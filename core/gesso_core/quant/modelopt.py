@@ -124,12 +124,21 @@ def _require(name: str, leaves: Mapping[str, Tensor]) -> None:
         )
     if ("svdquant_lora_a" in leaves) != ("svdquant_lora_b" in leaves):
         raise WeightsError(f"{name} has one factor of its branch without the other; export again")
+    for leaf in ("weight", "svdquant_lora_a", "svdquant_lora_b"):
+        if leaf in leaves and leaves[leaf].ndim != 2:
+            raise WeightsError(
+                f"{name}.{leaf} has the shape {tuple(leaves[leaf].shape)}, expected a matrix; "
+                "export the checkpoint again"
+            )
     weight, scale = leaves["weight"], leaves["weight_scale"]
-    rows, groups = weight.shape[0], weight.shape[-1] * 2 // 16
+    rows, groups = weight.shape[0], weight.shape[1] * 2 // 16
+    rank = len(leaves.get("svdquant_lora_a", ()))
     expected = {
-        "weight": (rows, weight.shape[-1]),
+        "weight": (rows, groups * 8),
         "weight_scale": (rows, groups),
         "pre_quant_scale": (groups * 16,),
+        "svdquant_lora_a": (rank, groups * 16),
+        "svdquant_lora_b": (rows, rank),
     }
     for leaf, shape in expected.items():
         if leaf in leaves and tuple(leaves[leaf].shape) != shape:

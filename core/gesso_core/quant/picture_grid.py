@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from gesso_core.evaluate.sheet import to_images, wrapped
 
 SCALE: Final = 2
 GAP: Final = 4
@@ -23,31 +24,13 @@ def picture_grid(rows: Mapping[str, Tensor], prompts: Sequence[str]) -> Image.Im
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
     for column, prompt in enumerate(prompts):
         x = LABEL_WIDTH + column * cell_width
-        for number, line in enumerate(_wrapped(prompt, cell_width - GAP, font)):
+        for number, line in enumerate(wrapped(prompt, cell_width - GAP, font)[:LINES]):
             pen.text((x, number * LINE), line, fill="black", font=font)
     for row, (label, pictures_BCHW) in enumerate(rows.items()):
         y = LINES * LINE + GAP + row * cell_height
-        for number, line in enumerate(_wrapped(label, LABEL_WIDTH - GAP, font)):
+        for number, line in enumerate(wrapped(label, LABEL_WIDTH - GAP, font)[:LINES]):
             pen.text((2, y + cell_height // 3 + number * LINE), line, fill="black", font=font)
-        for column, picture in enumerate(_images(pictures_BCHW)):
+        for column, picture in enumerate(to_images(pictures_BCHW)):
             enlarged = picture.resize((SCALE * width, SCALE * height), Image.Resampling.NEAREST)
             sheet.paste(enlarged, (LABEL_WIDTH + column * cell_width, y))
     return sheet
-
-
-def _images(pictures_BCHW: Tensor) -> list[Image.Image]:
-    bytes_BHWC = ((pictures_BCHW.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
-    return [Image.fromarray(np.asarray(picture)) for picture in bytes_BHWC]
-
-
-def _wrapped(
-    text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont
-) -> list[str]:
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width or not lines[-1]:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return lines[:LINES]

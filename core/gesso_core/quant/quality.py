@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gesso_core.errors import GessoError
 from gesso_core.evaluate import prompts as fixed
 from gesso_core.evaluate.prompts import EvaluationPrompt
 from gesso_core.evaluate.references import References, load_references
@@ -35,7 +36,7 @@ from gesso_core.metrics import psnr, ssim
 from gesso_core.models.dc_ae import Encoder
 from gesso_core.pipelines.load import load_denoiser, load_its_autoencoder
 from gesso_core.pipelines.text_to_image import TextToImage
-from gesso_core.quant.modules import SVDQuantLinear, record_of
+from gesso_core.quant.modules import SVDQuantLinear
 from gesso_core.quant.naive import round_plainly
 from gesso_core.quant.picture_grid import picture_grid
 from gesso_core.registry import MODELS
@@ -164,7 +165,7 @@ def _stored_bytes(pipeline: TextToImage) -> int:
     model = pipeline.denoiser.model
     layers = [module for module in model.modules() if isinstance(module, SVDQuantLinear)]
     return 2 * sum(p.numel() for p in model.parameters()) + sum(
-        record_of(layer).nbytes for layer in layers
+        layer.record_nbytes for layer in layers
     )
 
 
@@ -181,7 +182,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     models = [name if name in MODELS else Path(name) for name in options.models]
-    pipelines = versions(models)
+    try:
+        pipelines = versions(models)
+    except GessoError as error:
+        parser.error(error.message)
     qualities = compare(pipelines, options.limit, options.seed)
     print(table(qualities))
     rows = {name: draw(p, GRID_PROMPTS, options.seed) for name, p in pipelines.items()}

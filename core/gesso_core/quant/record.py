@@ -10,7 +10,7 @@ branch reads the raw x; the bias already carries everything that the shift of th
 # N out channels   K in channels, padded   G groups along K   R rank
 
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal, get_args
 
 import torch
 from gesso_kernels.number_formats import e2m1_values, unpack_consecutive
@@ -23,6 +23,14 @@ ActivationFormat = Literal["int4", "uint4", "nvfp4", "int8", "16bit"]
 
 # Columns that share a scale; an int8 weight has one scale per row.
 GROUP: Final[dict[WeightFormat, int | None]] = {"int4": 64, "nvfp4": 16, "int8": None}
+_AGAIN: Final = "the file is damaged or was made by another tool: quantize or import again"
+_LARGEST: Final = 65_504.0  # of float16
+_REAL: Final = (torch.float16, torch.bfloat16, torch.float32)
+_CODES: Final[dict[WeightFormat, torch.dtype]] = {"int8": torch.int8}
+_SCALE: Final[dict[WeightFormat, tuple[torch.dtype, ...]]] = {
+    "nvfp4": (torch.float8_e4m3fn,),
+    "int8": (torch.float32,),
+}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -105,7 +113,54 @@ class QuantizedLinear:
         return weight[:, : self.in_features]
 
     def require_valid(self, name: str) -> None:
-        """Raise `WeightsError` naming the layer if the tensors do not fit one another."""
+        """Raise `WeightsError` naming the layer if its facts or tensors do not fit one another.
+
+        What passes runs in every mode of its format. Other tools write these files as well, so
+        types are checked as strictly as shapes.
+        """
+        self._require_facts(name)
+        self._require_types(name)
+        self._require_shapes(name)
+        for part, tensor in self.tensors().items():
+            values = tensor.float() if tensor.element_size() == 1 else tensor
+            if part != "codes" and not bool(values.isfinite().all()):
+                raise WeightsError(f"{name}.{part} has NaN or infinite values; {_AGAIN}")
+        if not bool(self.smooth.all()):
+            raise WeightsError(f"{name}.smooth has a 0, which inputs are divided by; {_AGAIN}")
+
+    def _require_facts(self, name: str) -> None:
+        for fact, known in (("weight", WeightFormat), ("activation", ActivationFormat)):
+            _require(getattr(self, fact) in get_args(known), name, fact, getattr(self, fact),
+                     f"one of {', '.join(get_args(known))}")  # fmt: skip
+        fits = type(self.shift) in (int, float) and abs(self.shift) <= _LARGEST
+        _require(fits, name, "shift", self.shift, "a number of 16 bit")
+        _require(type(self.in_features) is int, name, "in_features", self.in_features, "a count")
+        _require(
+            self.activation != "nvfp4" or self.weight == "nvfp4",
+            name, "activation", "nvfp4", f"what goes with {self.weight} weights",
+        )  # fmt: skip
+        unsigned = self.zero is not None
+        if unsigned and (self.weight, self.activation) != ("int4", "16bit"):
+            raise WeightsError(f"{name}.zero is for int4 weights with 16-bit inputs; {_AGAIN}")
+        if self.tensor_scale is not None and self.weight != "nvfp4":
+            raise WeightsError(f"{name}.tensor_scale is for nvfp4 weights; {_AGAIN}")
+
+    def _require_types(self, name: str) -> None:
+        allowed = {
+            "codes": (_CODES.get(self.weight, torch.uint8),),
+            "scale": _SCALE.get(self.weight, _REAL),
+        }
+        for part, tensor in self.tensors().items():
+            types = allowed.get(part, _REAL)
+            expected = " or ".join(str(dtype) for dtype in types)
+            _require(tensor.dtype in types, name, f"{part} type", tensor.dtype, expected)
+        for part in ("codes", "down"):
+            tensor = getattr(self, part)
+            shape = tuple(tensor.shape)
+            matrix = tensor.ndim == 2 and (part == "down" or tensor.numel() > 0)
+            _require(matrix, name, f"{part} shape", shape, "a matrix")
+
+    def _require_shapes(self, name: str) -> None:
         group = GROUP[self.weight]
         columns = self.codes.shape[1] * (1 if self.weight == "int8" else 2)
         groups = 1 if group is None else columns // group
@@ -134,6 +189,11 @@ class QuantizedLinear:
                 )
         if not 0 < self.in_features <= columns:
             raise WeightsError(f"{name}: in_features {self.in_features} is not in 1..{columns}")
+
+
+def _require(fits: bool, name: str, what: str, given: Any, expected: str) -> None:
+    if not fits:
+        raise WeightsError(f"{name}: {what} is {str(given)[:60]!r}, expected {expected}; {_AGAIN}")
 
 
 def pad_columns(x: Tensor, multiple: int, value: float = 0.0) -> Tensor:

@@ -3,10 +3,12 @@
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TypeVar
 
 import typer
-from gesso_core.errors import GessoError
+from gesso_core.errors import GessoError, InvalidRequest
+from gesso_core.registry import MODELS
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
@@ -52,6 +54,26 @@ def one_sentence(command: Callable[P, R]) -> Callable[P, R]:
             raise typer.Exit(1) from None
 
     return run
+
+
+def name_or_folder(given: str) -> str | Path:
+    """A model as it is typed: a name that gesso knows, or else a folder.
+
+    Raises:
+        InvalidRequest: a file, or a path to nothing.
+    """
+    path = Path(given)
+    if given in MODELS:
+        return given
+    if path.is_dir():
+        return path
+    if path.exists() or given != path.name or path.suffix == ".safetensors":
+        what = "is a file" if path.exists() else "does not exist"
+        raise InvalidRequest(
+            f"{given} {what}; give the folder of a model, or a name from: gesso models list",
+            field="model",
+        )
+    return given
 
 
 def complain(sentence: str) -> None:

@@ -11,8 +11,8 @@ from gesso_core.lora.library import LoraUse
 from gesso_core.pipelines.pictures import encode_picture
 from gesso_core.pipelines.recipe import GenerationRequest
 from gesso_core.pipelines.text_to_image import PictureStep, TextToImage
-from gesso_core.registry import MODELS
 
+from gesso_services.cli.common import name_or_folder
 from gesso_services.client import Picture, Progress
 from gesso_services.gateway.schemas import pixels_of
 
@@ -65,6 +65,4 @@ def generate_here(
 
 
 def _load(name: str, lora_folder: Path | None) -> TextToImage:
-    folder = Path(name)
-    known = name in MODELS or not folder.is_dir()
-    return TextToImage.load(name if known else folder, lora_folder=lora_folder or SHIPPED_LORAS)
+    return TextToImage.load(name_or_folder(name), lora_folder=lora_folder or SHIPPED_LORAS)

@@ -9,7 +9,7 @@ from gesso_core.registry import MODELS, ModelEntry
 from rich.table import Table
 
 from gesso_services.cli import quantized_files
-from gesso_services.cli.common import complain, err, one_sentence, out
+from gesso_services.cli.common import complain, err, name_or_folder, one_sentence, out
 
 app = typer.Typer(no_args_is_help=True, help="List, pull, verify and convert models.")
 Name = Annotated[str, typer.Argument(help="A name from `gesso models list`.")]
@@ -87,8 +87,7 @@ def _where(entry: ModelEntry) -> str:
 def _folder_of(name: str) -> Path:
     from gesso_core import hub
 
-    path = Path(name)
-    return hub.resolve(path if path.is_dir() and name not in MODELS else name)
+    return hub.resolve(name_or_folder(name))
 
 
 def _verify(folder: Path, *, deep: bool = False) -> None:

@@ -58,6 +58,11 @@ def generate(
     key: Key = None,
 ) -> None:
     """Paint a picture and write it to a file."""
+    if lora_folder is not None and not local:
+        raise InvalidRequest(
+            f"--lora-folder {lora_folder} is for --local; a server has a folder of its own: put "
+            "the file there, or paint with --local"
+        )
     options: dict[str, Any] = {
         "model": model,
         "n": n,

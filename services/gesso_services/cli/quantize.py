@@ -5,9 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from gesso_core.errors import InvalidRequest
-from gesso_core.registry import MODELS
 
-from gesso_services.cli.common import one_sentence, out, progress_bars, remark
+from gesso_services.cli.common import name_or_folder, one_sentence, out, progress_bars, remark
 
 if TYPE_CHECKING:
     from gesso_core.quant.driver import Stage
@@ -60,11 +59,12 @@ def quantize(
 ) -> None:
     """Quantize a model with SVDQuant: calibrate, quantize layer by layer, report the errors.
 
-    Stopped at any moment, the same command goes on where it was.
+    Stopped at any moment, the same command goes on: finished layers stay, an unfinished
+    calibration begins again.
     """
-    folder = Path(model)
-    named = model in MODELS or not folder.is_dir()
-    target = output or Path(f"{model if named else folder.name}-{to}")
+    source = name_or_folder(model)
+    name = source if isinstance(source, str) else source.resolve().name
+    target = output or Path(f"{name}-{to}")
     if plot is not None and plot.suffix.lower() != ".png":
         raise InvalidRequest(f"{plot} must end in .png")
 
@@ -76,7 +76,7 @@ def quantize(
     try:
         with progress_bars() as bars:
             report = quantize_model(
-                model if named else folder,
+                source,
                 target,
                 to=to,
                 rank=rank,
@@ -98,8 +98,8 @@ def quantize(
         plot_errors([report], plot)
     use = (
         f"paint with it: gesso generate --local --model {target} PROMPT"
-        if named
-        else f"put it in the place of {folder / 'transformer'}"
+        if isinstance(source, str)
+        else f"put it in the place of {source / 'transformer'}"
     )
     out.print(
         f"{target} holds the quantized model; {use}",

@@ -9,7 +9,7 @@ import typer
 from gesso_core.errors import InvalidRequest
 from gesso_core.registry import find
 
-from gesso_services.cli.common import err, one_sentence, out, remark
+from gesso_services.cli.common import err, name_or_folder, one_sentence, out, remark
 
 ExportFormat = Literal["nunchaku-v1", "nunchaku-v2", "nunchaku-lite", "nunchaku-legacy"]
 
@@ -27,6 +27,7 @@ def import_quantized(
     from gesso_core.quant.canonical import CANONICAL_FILE, write_canonical
     from gesso_core.quant.interchange import detect_format
     from gesso_core.quant.interchange import import_quantized as read
+    from gesso_core.safe_files import read_json
 
     target = folder / CANONICAL_FILE
     if target.exists():
@@ -37,7 +38,8 @@ def import_quantized(
     if model is not None:
         content = replace(content, made_by={**content.made_by, "model": find(model).name})
     write_canonical(target, content)
-    if config := content.made_by.get("config"):
+    beside = source / "config.json"
+    if config := content.made_by.get("config") or (beside.is_file() and read_json(beside)):
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     else:
         remark(f"{source} has no configuration; put the config.json of its model into {folder}")
@@ -47,24 +49,41 @@ def import_quantized(
 @one_sentence
 def export_quantized(
     *,
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A model of gesso quantize.")],
+    model: Annotated[
+        str, typer.Argument(help="A quantized model: its folder, or its name if it ships.")
+    ],
     target: Annotated[
         Path, typer.Argument(metavar="FILE", help="The file to write; a folder for lite, legacy.")
     ],
     file_format: Annotated[ExportFormat, typer.Option("--format")] = "nunchaku-v1",
 ) -> None:
     """Write a quantized model in a format of the nunchaku engine."""
+    from gesso_core import hub
     from gesso_core.quant.canonical import CANONICAL_FILE, read_canonical
     from gesso_core.quant.interchange import export_quantized as write
+    from gesso_core.quant.nunchaku.sana import text_layers
     from gesso_core.safe_files import read_json
 
     if target.exists():
         raise InvalidRequest(f"{target} is there already; give another name")
+    folder = hub.resolve(name_or_folder(model))
+    folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
+    if not hub.is_quantized(folder):
+        raise InvalidRequest(
+            f"{model} is not quantized: {folder} has no {CANONICAL_FILE}; run gesso quantize, then "
+            "export what it makes",
+            field="model",
+        )
     with err.status(f"writing {target.name}"):
         content = read_canonical(folder / CANONICAL_FILE)
         config = read_json(folder / "config.json") if (folder / "config.json").exists() else None
         write(content, target, format=file_format, config=config)
-    _tell(target, len(content.layers), f"as {file_format}")
+    if dense := text_layers(content):
+        remark(
+            f"keys and values of the text ({len(dense)} layers) were written in 16 bit, as the "
+            "engine has them"
+        )
+    _tell(target, len(content.layers) - len(dense), f"as {file_format}")
 
 
 def _tell(path: Path, layers: int, how: str) -> None:

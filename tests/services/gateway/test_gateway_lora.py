@@ -34,7 +34,9 @@ def test_loras_reach_every_job_and_come_back_in_the_metadata(http: httpx2.Client
 
 
 @pytest.mark.parametrize(
-    ("loras", "strength"), [({"ink": 0.5}, 0.5), ([INK], 0.5), (["ink"], 1.0)], ids=str
+    ("loras", "strength"),
+    [({"ink": 0.5}, 0.5), ([INK], 0.5), (["ink"], 1.0), ("ink", 1.0)],
+    ids=str,
 )
 def test_the_client_takes_loras_by_name(gesso: Gesso, loras: Any, strength: float) -> None:
     (picture,) = gesso.generate("a red apple", seed=7, loras=loras)

@@ -5,11 +5,11 @@ SANA passes through `sana`; layers of other models are read one by one under the
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from gesso_core.errors import WeightsError
@@ -19,6 +19,7 @@ from gesso_core.quant.nunchaku import names, sana
 from gesso_core.quant.nunchaku.linear import Sizes, pack_layer, unpack_layer, with_rank
 from gesso_core.quant.nunchaku.packing import RANK_TILE, unpack_vector
 from gesso_core.quant.record import QuantizedLinear
+from gesso_core.safe_files import write_tensors
 
 NunchakuFormat = Literal["nunchaku-v1", "nunchaku-v2", "nunchaku-lite", "nunchaku-legacy"]
 Packed = dict[str, dict[str, Tensor]]  # layer → leaf → tensor, classic names
@@ -96,10 +97,11 @@ def _packed_model(
     model: QuantizedModel, config: Mapping[str, Any]
 ) -> tuple[Packed, dict[str, Tensor], dict[str, Sizes]]:
     """Packed layers, other tensors, and the sizes of the records, by the engine's names."""
+    model = sana.with_dense_text_layers(model)
     layers, plain = dict(model.layers), dict(model.plain)
     sizes = {name: Sizes.of(layer) for name, layer in layers.items()}
     if sana.is_sana(layers):
-        layers, plain = sana.to_engine(layers, plain, int(config.get("attention_head_dim", 32)))
+        layers, plain = sana.to_engine(layers, plain, sana.head_dim(config))
         sizes = dict(zip(layers, sizes.values(), strict=True))
     branched = [layer.rank for layer in layers.values() if layer.zero is None]
     rank = -(-max(branched, default=0) // RANK_TILE) * RANK_TILE
@@ -117,19 +119,9 @@ def _write_single(
     plain: dict[str, Tensor],
     config: dict[str, Any],
     own: dict[str, str],
+    rename: Callable[[str], str] = str,
 ) -> None:
-    tensors = _flat(layers) | plain
-    _save(tensors, path, _claims(tensors, config, layers) | own)
-
-
-def _write_v2(
-    path: Path,
-    layers: Packed,
-    plain: dict[str, Tensor],
-    config: dict[str, Any],
-    own: dict[str, str],
-) -> None:
-    tensors = {names.to_v2(name): tensor for name, tensor in (_flat(layers) | plain).items()}
+    tensors = {rename(name): tensor for name, tensor in (_flat(layers) | plain).items()}
     _save(tensors, path, _claims(tensors, config, layers) | own)
 
 
@@ -186,7 +178,7 @@ def _lite_leaves(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
 _Writer = Callable[[Path, Packed, dict[str, Tensor], dict[str, Any], dict[str, str]], None]
 _WRITERS: Final[Mapping[NunchakuFormat, _Writer]] = {
     "nunchaku-v1": _write_single,
-    "nunchaku-v2": _write_v2,
+    "nunchaku-v2": partial(_write_single, rename=names.to_v2),
     "nunchaku-legacy": _write_legacy,
     "nunchaku-lite": _write_lite,
 }
@@ -210,8 +202,5 @@ def _flat(layers: Packed) -> dict[str, Tensor]:
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
     # Shared memory is not allowed in a file: smooth and smooth_orig may be one tensor.
-    save_file({name: t.clone().contiguous() for name, t in tensors.items()}, partial, metadata)
-    partial.replace(path)
+    write_tensors(path, {name: tensor.clone() for name, tensor in tensors.items()}, metadata)

@@ -7,8 +7,9 @@ keep their diffusers names, except the norms of queries and keys inside a block.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, NamedTuple
 
 import torch
@@ -111,18 +112,34 @@ def _convert_block(
     for target, source in (_SINGLE if block.startswith("single") else _DOUBLE).items():
         name = f"{block}.{target}"
         fused = source.may_fuse and state.out_fused
-        converted.layers[name] = _linear(block, source, state, left, fused=fused)
+        converted.layers[name] = _made(
+            name, partial(_linear, block, source, state, left, fused=fused)
+        )
         if fused and f"{block}.{source.smooth}" in state.smooth:
             converted.plain[f"{name}.smooth_orig"] = state.smooth[f"{block}.{source.smooth}"]
     for target, splits in _ADALN.items():
         name = f"{block}.{target}"
         if f"{name}.weight.scale.0" in state.scale:
             weight, scale = _take(left, f"{name}.weight"), state.scale[f"{name}.weight.scale.0"]
-            layer = weight_only_layer(weight, scale, left.pop(f"{name}.bias", None), splits)
-            converted.layers[name] = layer
+            bias = left.pop(f"{name}.bias", None)
+            make = partial(weight_only_layer, weight, scale, bias, splits)
+            converted.layers[name] = _made(name, make)
     for norm in _NORMS:
         if f"{block}.attn.{norm}.weight" in left:
             converted.plain[f"{block}.{norm}.weight"] = left.pop(f"{block}.attn.{norm}.weight")
+
+
+def _made(name: str, make: Callable[[], QuantizedLinear]) -> QuantizedLinear:
+    """A layer that is valid; what went wrong in ``make`` names it."""
+    try:
+        layer = make()
+    except (RuntimeError, IndexError, TypeError, ValueError) as error:
+        raise WeightsError(
+            f"the tensors of {name} do not fit one another ({str(error)[:200]}); use the whole "
+            "folder of one run of deepcompressor"
+        ) from error
+    layer.require_valid(name)
+    return layer
 
 
 def _linear(

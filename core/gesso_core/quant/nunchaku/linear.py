@@ -38,8 +38,7 @@ from gesso_core.quant.nunchaku.packing import (
     unpack_weight4,
 )
 from gesso_core.quant.record import GROUP, ActivationFormat, QuantizedLinear, WeightFormat
-
-GELU_SHIFT = 0.171875  # makes the input of the layer after a GELU non-negative
+from gesso_core.quant.shift import GELU_SHIFT
 
 W4A4_TENSORS = frozenset(
     {
@@ -132,7 +131,7 @@ def unpack_layer(
             layer = _unpack_weight_only(tensors)
         else:
             layer = _unpack_w4a4(tensors, after_gelu=after_gelu)
-    except (RuntimeError, IndexError) as error:
+    except (RuntimeError, IndexError, TypeError, ValueError) as error:
         shapes = {leaf: tuple(tensor.shape) for leaf, tensor in sorted(tensors.items())}
         raise WeightsError(
             f"the tensors of {name} are not in the nunchaku layout ({error}): {shapes}; "
@@ -154,7 +153,7 @@ def resized(name: str, layer: QuantizedLinear, sizes: Sizes) -> QuantizedLinear:
     tensor_scale = layer.tensor_scale
     if tensor_scale is not None and tensor_scale.numel() > 1:
         tensor_scale = tensor_scale[:rows]
-    return replace(
+    cut = replace(
         layer,
         in_features=sizes.in_features,
         codes=layer.codes[:rows, : columns // 2].contiguous(),
@@ -166,6 +165,8 @@ def resized(name: str, layer: QuantizedLinear, sizes: Sizes) -> QuantizedLinear:
         tensor_scale=tensor_scale,
         zero=None if layer.zero is None else layer.zero[:rows, :groups].contiguous(),
     )
+    cut.require_valid(name)
+    return cut
 
 
 def with_rank(layer: QuantizedLinear, rank: int) -> QuantizedLinear:

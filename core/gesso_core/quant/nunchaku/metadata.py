@@ -91,7 +91,8 @@ def require_agreement(
         if "lora_down" not in leaves or "wscales" not in leaves:
             continue  # weight-only
         formats.setdefault(precision_of({"": leaves["wscales"]}), name)
-        ranks.setdefault(leaves["lora_down"].shape[-1], name)
+        rank = leaves["lora_down"].shape[-1:] or (0,)
+        ranks.setdefault(rank[0], name)
     for what, found in (("precision", formats), ("rank", ranks)):
         if len(found) > 1:
             told = ", ".join(f"{name} has {value}" for value, name in list(found.items())[:3])
@@ -126,7 +127,7 @@ def json_entry(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
     """A metadata entry that holds a JSON object; empty if absent."""
     try:
         value = json.loads(metadata.get(key, "{}"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WeightsError(f"the metadata entry {key!r} is not JSON ({error})") from error
     if not isinstance(value, dict):
         raise WeightsError(f"the metadata entry {key!r} is not a JSON object")
@@ -142,9 +143,16 @@ def sizes_entry(sizes: Mapping[str, Sizes]) -> dict[str, str]:
 def read_sizes(metadata: Mapping[str, str]) -> dict[str, Sizes]:
     """Inverse of `sizes_entry`; empty for files that gesso did not write."""
     try:
-        return {name: Sizes(**size) for name, size in json_entry(metadata, SIZES_KEY).items()}
+        sizes = {name: Sizes(**size) for name, size in json_entry(metadata, SIZES_KEY).items()}
     except TypeError as error:
         raise WeightsError(f"the metadata entry {SIZES_KEY!r} is damaged ({error})") from error
+    for name, size in sizes.items():
+        if not all(type(count) is int and count >= 0 for count in asdict(size).values()):
+            raise WeightsError(
+                f"the metadata entry {SIZES_KEY!r} is damaged ({name} has {asdict(size)}, expected "
+                "counts); download the file again"
+            )
+    return sizes
 
 
 def read_legacy(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

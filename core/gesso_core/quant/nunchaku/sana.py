@@ -26,6 +26,7 @@ from torch import Tensor
 from gesso_core.errors import WeightsError
 from gesso_core.models.keys.sana import SANA_DIFFUSERS, SANA_SPRINT_DIFFUSERS
 from gesso_core.models.keys.translate import KeyMap, Rule, translate, untranslate
+from gesso_core.quant.canonical import QuantizedModel
 from gesso_core.quant.nunchaku.linear import Sizes, resized
 from gesso_core.quant.nunchaku.sana_rows import engine_rows, inverse, pairs, take, take_rows
 from gesso_core.quant.record import QuantizedLinear
@@ -40,6 +41,7 @@ ENGINE_LAYERS: Final = {
 }
 _OUR_LAYERS: Final = {engine: ours for ours, engine in ENGINE_LAYERS.items()}
 _GROUP: Final = 64
+_MOST: Final = 100_000  # heads, channels
 _WB: Final = "{p:weight|bias}"
 _PERTURBED: Final = ".attn.pag_to_v."  # serves a guidance that gesso does not offer
 
@@ -90,6 +92,23 @@ def is_sana(names: Iterable[str]) -> bool:
     return any(".ff.inverted_conv." in name or ours.fullmatch(name) for name in names)
 
 
+def with_dense_text_layers(model: QuantizedModel) -> QuantizedModel:
+    """Keys and values of the text in 16 bit, as the engine has them; all else as it is."""
+    quantized = dict(model.layers)
+    plain = dict(model.plain)
+    for name in text_layers(model):
+        layer = quantized.pop(name)
+        plain[f"{name}.weight"] = layer.dense().to(layer.smooth.dtype)
+        if layer.bias is not None:
+            plain[f"{name}.bias"] = layer.bias
+    return QuantizedModel(layers=quantized, plain=plain, made_by=model.made_by)
+
+
+def text_layers(model: QuantizedModel) -> list[str]:
+    """Quantized layers of our SANA that make keys and values of the text."""
+    return [name for name in model.layers if re.fullmatch(r"blocks\.\d+\.cross\.kv", name)]
+
+
 def to_engine(
     layers: Mapping[str, QuantizedLinear], plain: Mapping[str, Tensor], head_dim: int = 32
 ) -> tuple[dict[str, QuantizedLinear], dict[str, Tensor]]:
@@ -136,6 +155,8 @@ def from_engine(
     kept = {name: tensor for name, tensor in plain.items() if _PERTURBED not in name}
     sprint = any(name.startswith("time_embed.timestep_embedder.") for name in kept)
     ours = translate(kept, _rules(sprint=sprint))
+    for name, tensor in ours.items():
+        _require_dimensions(name, tensor)
     widths = _widths(layers, ours, config)
     converted = {}
     for name, layer in layers.items():
@@ -165,7 +186,8 @@ def _our_layer(name: str) -> tuple[str, str]:
     match = re.fullmatch(r"(blocks\.\d+)\.(.+)", name)
     if match is None or match[2] not in ENGINE_LAYERS:
         raise WeightsError(
-            f"the nunchaku engine has {name} in 16 bit; quantize again with --layers sana-nunchaku"
+            f"the nunchaku engine has {name} in 16 bit; leave that layer out of the layer map and "
+            "quantize again"
         )
     return match[1], match[2]
 
@@ -187,7 +209,7 @@ def _require_whole_blocks(
     if missing:
         raise WeightsError(
             f"{', '.join(missing[:8])} is missing; the nunchaku layout of SANA has all six layers "
-            "of every block in 4 bit: quantize with --layers sana-nunchaku, or fetch the whole file"
+            "of every block in 4 bit: quantize them all, or fetch the whole file"
         )
 
 
@@ -202,15 +224,32 @@ def _widths(
             "the file has no scale_shift_table, ff.depth_conv or cross_attn.q_linear; expected a "
             "SANA transformer in the nunchaku layout: download it again"
         )
-    head = int(config.get("attention_head_dim", 32))
-    width = int(config.get("num_attention_heads", 0)) * head or table.shape[-1]
+    head = head_dim(config)
+    width = int(_number(config, "num_attention_heads")) * head or table.shape[-1]
     stored = len(next(iter(depthwise.values()))) // 2
-    hidden = int(float(config.get("mlp_ratio", 0)) * width) or stored
-    inner = int(config.get("num_cross_attention_heads", 0)) * int(
-        config.get("cross_attention_head_dim", 0)
+    hidden = int(_number(config, "mlp_ratio") * width) or stored
+    inner = int(_number(config, "num_cross_attention_heads")) * int(
+        _number(config, "cross_attention_head_dim")
     )
     hidden = max(hidden, _used_channels(ours, stored)) if hidden < stored else hidden
     return _Widths(width, inner or min(width, query.out_features), hidden, head)
+
+
+def head_dim(config: Mapping[str, Any]) -> int:
+    """Channels of one head of the self-attention."""
+    return int(_number(config, "attention_head_dim", 32)) or 32
+
+
+def _number(config: Mapping[str, Any], key: str, default: float = 0) -> float:
+    value = config.get(key)
+    if value is None:
+        return default
+    if type(value) not in (int, float) or not 0 <= value < _MOST:
+        raise WeightsError(
+            f"the configuration of the model has {key} {value!r:.40}, expected a number from 0 to "
+            f"{_MOST}; use the config.json that came with the file"
+        )
+    return float(value)
 
 
 def _used_channels(ours: Mapping[str, Tensor], stored: int) -> int:
@@ -256,9 +295,19 @@ def _our_tensor(name: str, tensor: Tensor, widths: _Widths) -> Tensor:
     return taken.permute(0, 3, 1, 2).contiguous() if taken.ndim == 4 else taken
 
 
+def _require_dimensions(name: str, tensor: Tensor) -> None:
+    expected = {"table": 2, "depthwise.weight": 4, "depthwise.bias": 1}
+    for ending, dimensions in expected.items():
+        if name.endswith(ending) and tensor.ndim != dimensions:
+            raise WeightsError(
+                f"{name} has the shape {tuple(tensor.shape)}, expected {dimensions} dimensions; "
+                "download the file again"
+            )
+
+
 def _with_hidden(config: Mapping[str, Any], widths: _Widths) -> dict[str, Any]:
     """The configuration with a ratio that gives the hidden width of the records."""
     adjusted = dict(config)
-    if config and int(float(config.get("mlp_ratio", 2.5)) * widths.width) != widths.hidden:
+    if config and int(_number(config, "mlp_ratio", 2.5) * widths.width) != widths.hidden:
         adjusted["mlp_ratio"] = (widths.hidden + 0.5) / widths.width
     return adjusted
