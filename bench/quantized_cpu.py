@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from gesso_core.hub import resolve
 from gesso_core.hub.load import load_sana
+from gesso_core.hub.quantized import load_quantized_sana
 from gesso_core.models.sana import SANA_CONFIGS, Sana
 from gesso_core.quant.layer_map import layer_map, planned_bytes
-from gesso_core.quant.load import load_quantized_sana
 from gesso_kernels.modes import Mode
 from torch import Tensor
 

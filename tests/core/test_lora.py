@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from gesso_core.layers.adapters import active_low_rank, adapters
 from gesso_core.layers.linear import Linear, PointwiseConv
-from gesso_core.lora.active import active_low_rank, adapters
 from gesso_core.lora.adapter import read_adapter
 from gesso_core.lora.stack import AppliedLora, LoraStack, make_stack
 from gesso_core.lora.targets import LayerMap

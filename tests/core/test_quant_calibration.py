@@ -10,12 +10,12 @@ import torch
 from gesso_core.errors import ConfigError, InvalidRequest, NumericalError, WeightsError
 from gesso_core.pipelines.denoiser import Denoiser
 from gesso_core.pipelines.load import load_denoiser
-from gesso_core.quant import calibration
-from gesso_core.quant.calibration import Plan, capture, make_plan, read_layer
+from gesso_core.ptq import calibration
+from gesso_core.ptq.calibration import Plan, capture, make_plan, read_layer
+from gesso_core.ptq.measuring import behind_parent, parent_inputs
+from gesso_core.ptq.prompts import default_prompts, read_prompts
+from gesso_core.ptq.samples import SampleWriter, read_sample
 from gesso_core.quant.layer_map import LayerRule, find_layers, layer_map, matrix_of
-from gesso_core.quant.measuring import behind_parent, parent_inputs
-from gesso_core.quant.prompts import default_prompts, read_prompts
-from gesso_core.quant.samples import SampleWriter, read_sample
 
 PROMPTS = ("a red apple", "an owl on a blue background, 3D style", "a key")
 RULES = tuple(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from gesso_core.errors import WeightsError
+from gesso_core.hub.quantized import load_quantized_sana
 from gesso_core.hub.store import SHIPPED
 from gesso_core.quant.canonical import (
     CANONICAL_FILE,
@@ -16,7 +17,6 @@ from gesso_core.quant.canonical import (
     read_canonical,
     write_canonical,
 )
-from gesso_core.quant.load import load_quantized_sana
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 

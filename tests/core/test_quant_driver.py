@@ -15,12 +15,12 @@ from gesso_core.hub import load_sana
 from gesso_core.metrics import psnr
 from gesso_core.pipelines.recipe import GenerationRequest
 from gesso_core.pipelines.text_to_image import TextToImage
-from gesso_core.quant.calibration import MAXIMA
+from gesso_core.ptq.calibration import MAXIMA
+from gesso_core.ptq.driver import WORK, quantize_model
+from gesso_core.ptq.report import QuantizationReport, load_report, plot_errors
+from gesso_core.ptq.settings import Format, Settings
 from gesso_core.quant.canonical import CANONICAL_FILE, read_canonical
-from gesso_core.quant.driver import WORK, quantize_model
 from gesso_core.quant.record import QuantizedLinear
-from gesso_core.quant.report import QuantizationReport, load_report, plot_errors
-from gesso_core.quant.settings import Format, Settings
 from gesso_core.safe_files import read_tensors
 from torch import Tensor, from_numpy, nn
 
@@ -59,7 +59,7 @@ KILLED = """
 import os, signal, sys
 import torch
 from pathlib import Path
-from gesso_core.quant.driver import quantize_model
+from gesso_core.ptq.driver import quantize_model
 
 torch.set_num_threads(1)
 

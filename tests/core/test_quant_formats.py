@@ -10,12 +10,12 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 from gesso_core.errors import UnsafeFile, WeightsError
+from gesso_core.interchange.formats import detect_format, export_quantized, import_quantized
+from gesso_core.interchange.nunchaku import packing
+from gesso_core.interchange.nunchaku.linear import Sizes, pack_layer, unpack_layer
+from gesso_core.interchange.nunchaku.names import to_classic, to_v2
 from gesso_core.models.keys.sana import SANA_DIFFUSERS
 from gesso_core.quant.canonical import QuantizedModel
-from gesso_core.quant.interchange import detect_format, export_quantized, import_quantized
-from gesso_core.quant.nunchaku import packing
-from gesso_core.quant.nunchaku.linear import Sizes, pack_layer, unpack_layer
-from gesso_core.quant.nunchaku.names import to_classic, to_v2
 from gesso_core.quant.record import QuantizedLinear, WeightFormat
 from gesso_core.safe_files import read_header, read_tensors
 from gesso_kernels.number_formats import e2m1_values, pack_consecutive

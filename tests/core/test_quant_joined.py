@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 from gesso_core.pipelines.load import load_denoiser
-from gesso_core.quant import driver
+from gesso_core.ptq import driver
+from gesso_core.ptq.driver import quantize_model
+from gesso_core.ptq.joined import join, split_rows
+from gesso_core.ptq.measuring import behind_parent
 from gesso_core.quant.canonical import CANONICAL_FILE, read_canonical
-from gesso_core.quant.driver import quantize_model
-from gesso_core.quant.joined import join, split_rows
 from gesso_core.quant.layer import QuantOptions, quantize_linear
 from gesso_core.quant.layer_map import LayerRule
-from gesso_core.quant.measuring import behind_parent
 from gesso_core.quant.record import WeightFormat
 from gesso_core.quant.reference import svdquant_linear_ref
 from torch import Tensor, nn

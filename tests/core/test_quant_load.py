@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from gesso_core.errors import ConfigError, GessoError, WeightsError
 from gesso_core.hub import load_sana, resolve_parts, trained_dtype, verify, weights_hash
 from gesso_core.hub.manifest import write_manifest
+from gesso_core.hub.quantized import load_quantized_sana, quantized_summary, weight_bytes
 from gesso_core.hub.store import SHIPPED
 from gesso_core.layers.linear import PointwiseConv
 from gesso_core.models.sana import SANA_CONFIGS, Sana
@@ -36,7 +37,6 @@ from gesso_core.quant.layer_map import (
     matrix_of,
     planned_bytes,
 )
-from gesso_core.quant.load import load_quantized_sana, quantized_summary, weight_bytes
 from gesso_core.quant.modules import SVDQuantLinear
 from gesso_core.quant.quantizers import fake_quantize_input
 from gesso_core.quant.record import QuantizedLinear

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from gesso_core.lora.active import LowRank, adapters
+from gesso_core.layers.adapters import LowRank, adapters
 from gesso_core.quant.exact import QUANTIZERS
 from gesso_core.quant.layer import QuantOptions, quantize_linear
 from gesso_core.quant.modules import SVDQuantLinear

@@ -10,12 +10,12 @@ from gesso_core.hub import load_dc_ae, resolve
 from gesso_core.models.dc_ae import Encoder
 from gesso_core.pipelines.load import load_denoiser, load_its_autoencoder
 from gesso_core.pipelines.text_to_image import TextToImage
-from gesso_core.quant import quality
-from gesso_core.quant.driver import quantize_model
-from gesso_core.quant.naive import naive_layer, round_plainly
-from gesso_core.quant.picture_grid import picture_grid
-from gesso_core.quant.prompts import default_prompts
-from gesso_core.quant.quality import AS_IS, NAIVE, compare, perceptual_distance, table, versions
+from gesso_core.ptq import quality
+from gesso_core.ptq.driver import quantize_model
+from gesso_core.ptq.naive import naive_layer, round_plainly
+from gesso_core.ptq.picture_grid import picture_grid
+from gesso_core.ptq.prompts import default_prompts
+from gesso_core.ptq.quality import AS_IS, NAIVE, compare, perceptual_distance, table, versions
 from gesso_core.quant.reference import svdquant_linear_ref
 
 

@@ -13,6 +13,7 @@ from gesso_core.layers.linear import linear
 from gesso_core.models.keys.sana import sana_keys
 from gesso_core.models.keys.translate import translate
 from gesso_core.models.sana import (
+    SANA_CONFIGS,
     Sana,
     SanaConfig,
     TextContext,
@@ -253,3 +254,13 @@ def test_initial_weights_follow_the_seed_alone() -> None:
     one, same, other = (model_of(SMALL, seed).state_dict() for seed in (5, 5, 6))
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not torch.equal(one["head.linear.weight"], other["head.linear.weight"])
+
+
+def test_the_layout_for_kernels_leaves_every_number() -> None:
+    model = Sana(replace(SANA_CONFIGS["sana-tiny"], depth=1))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.lay_out_for_kernels()
+    after = model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    weight = model.get_parameter("blocks.0.ffn.depthwise.weight")
+    assert weight.stride(0) == 1

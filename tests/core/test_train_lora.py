@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gesso_core.lora.active import adapters
+from gesso_core.layers.adapters import adapters
 from gesso_core.lora.adapter import read_adapter
 from gesso_core.lora.stack import AppliedLora, make_stack
 from gesso_core.lora.targets import LayerMap

@@ -4,18 +4,18 @@ import json
 from collections.abc import Callable
 
 import torch
-from gesso_core.quant.nunchaku import packing
-from gesso_core.quant.nunchaku.flux import IntermediateState, flux_layers
-from gesso_core.quant.nunchaku.intermediate import (
+from gesso_core.interchange.nunchaku import packing
+from gesso_core.interchange.nunchaku.flux import IntermediateState, flux_layers
+from gesso_core.interchange.nunchaku.intermediate import (
     int8_codes,
     residual_layer,
     weight_only_layer,
 )
-from gesso_core.quant.nunchaku.linear import pack_layer, unpack_layer
-from gesso_core.quant.nunchaku.lora import concatenate_block
-from gesso_core.quant.nunchaku.metadata import quantization_config, single_file_metadata
-from gesso_core.quant.nunchaku.names import key_map, to_classic
-from gesso_core.quant.nunchaku.packing import TILE, TILE_8BIT, pad_to
+from gesso_core.interchange.nunchaku.linear import pack_layer, unpack_layer
+from gesso_core.interchange.nunchaku.lora import concatenate_block
+from gesso_core.interchange.nunchaku.metadata import quantization_config, single_file_metadata
+from gesso_core.interchange.nunchaku.names import key_map, to_classic
+from gesso_core.interchange.nunchaku.packing import TILE, TILE_8BIT, pad_to
 from golden_case import Adapter, Case
 from torch import Tensor
 

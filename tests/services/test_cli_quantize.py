@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from gesso_core.hub.store import SHIPPED
+from gesso_core.interchange.nunchaku.sana import with_dense_text_layers
 from gesso_core.pipelines.pictures import decode_picture
+from gesso_core.ptq.report import load_report
 from gesso_core.quant.canonical import CANONICAL_FILE, read_canonical
-from gesso_core.quant.nunchaku.sana import with_dense_text_layers
 from gesso_core.quant.record import QuantizedLinear
-from gesso_core.quant.report import load_report
 from gesso_services.cli import quantize as command
 from gesso_services.cli.main import app
 from torch import Tensor

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from gesso_core.lora.active import active_low_rank, low_rank_product
+from gesso_core.layers.adapters import active_low_rank, low_rank_product
 
 Activation = Literal["none", "silu"]
 

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from gesso_kernels.depthwise_glu import depthwise_glu
 from torch import Tensor, nn
 
+from gesso_core.layers.adapters import active_low_rank, low_rank_product
 from gesso_core.layers.linear import PointwiseConv, linear
 from gesso_core.layers.modulation import Modulation, modulated
-from gesso_core.lora.active import active_low_rank, low_rank_product
 
 
 class MixFFN(nn.Module):

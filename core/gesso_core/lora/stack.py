@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gesso_core.errors import WeightsError
-from gesso_core.lora.active import LowRank
+from gesso_core.layers.adapters import LowRank
 from gesso_core.lora.adapter import MAX_RANK, Adapter
 from gesso_core.lora.targets import LayerMap, Placed, Target
 

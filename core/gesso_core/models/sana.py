@@ -15,6 +15,7 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
+from gesso_kernels.depthwise_glu import tap_major
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -168,6 +169,12 @@ class Sana(nn.Module):
         """Work through the hidden channels of every Mix-FFN in parts, to save memory at 4096 px."""
         for block in self._blocks():
             block.ffn.chunks = chunks
+
+    def lay_out_for_kernels(self) -> None:
+        """Store the depthwise weights as the GPU kernel reads them; their numbers stay."""
+        for block in self._blocks():
+            weight = block.ffn.depthwise.weight
+            weight.data = tap_major(weight.data)
 
     def _blocks(self) -> Iterator[SanaBlock]:
         return (cast(SanaBlock, block) for block in self.blocks)

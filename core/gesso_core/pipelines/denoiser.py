@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gesso_core.errors import InvalidRequest
-from gesso_core.lora.active import adapters
+from gesso_core.layers.adapters import adapters
 from gesso_core.lora.library import LoraLibrary
 from gesso_core.lora.stack import LoraStack
 from gesso_core.lora.targets import LayerMap

@@ -21,13 +21,13 @@ from gesso_core.hub import (
 )
 from gesso_core.hub.checkpoint import MANIFEST
 from gesso_core.hub.load import dc_ae_config
+from gesso_core.hub.quantized import load_quantized_sana, quantized_summary, weight_bytes
 from gesso_core.models.dc_ae_config import DCAEConfig
 from gesso_core.models.sana import Sana
 from gesso_core.models.sana_config import SanaConfig
 from gesso_core.pipelines.autoencoder import Autoencoder
 from gesso_core.pipelines.denoiser import Denoiser, Identity
 from gesso_core.pipelines.recipe import Canvas
-from gesso_core.quant.load import load_quantized_sana, quantized_summary, weight_bytes
 from gesso_core.registry import ModelEntry, find
 from gesso_core.safe_files import read_json
 from gesso_core.sampling.aspect_ratio import aspect_table
@@ -71,6 +71,8 @@ def load_denoiser(
         )
     else:
         model = load_sana(parts.transformer, dtype).to(device)
+    if device != "cpu":
+        model.lay_out_for_kernels()
     canvas_config = dc_ae_config(parts.autoencoder)
     if model.config.sample_size * canvas_config.spatial_compression_ratio >= CHUNKED_FROM:
         model.chunk_ffn(CHUNKS)

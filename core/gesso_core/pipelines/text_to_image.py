@@ -4,9 +4,7 @@
     picture, = pipeline(GenerationRequest(prompt="a red apple", width=64, height=64, seed=7))
 
 Many requests in one call share their denoising steps where their sizes allow it; a picture is the
-same alone or among others (see `step_batcher`). Where a quantized model quantizes its inputs, which
-no mode does on a CPU but ``reference``, this is so for ``max_batch_pixels=1`` only: a last bit that
-depends on the batch can move an input to the next code, and the picture goes another way.
+same alone or among others (see `step_batcher`).
 """
 
 from collections.abc import Callable, Sequence

@@ -4,12 +4,12 @@ convolution on tokens.
     y = Q_x((x + shift) / λ) · Rᵀ  +  (x · downᵀ) · upᵀ  +  bias
 
 The mode decides what is kept in memory and which kernels compute this; see `device_layouts`. It is
-fixed when the layer is built and never depends on the number of rows, so that a sample's numbers do
-not change with the batch it is computed in.
+fixed when the layer is built and never depends on the number of rows. On a CPU the numbers of a row
+do not depend on it either; on a GPU the tile of a product does, and with it the order of a sum.
 
-A LoRA that is active (`gesso_core.lora.active`) joins the low-rank branch: its ranks are appended.
-Where the weight holds the branch, in the modes `dequantized` and `reference`, it is added beside
-the layer.
+A LoRA that is active (`gesso_core.layers.adapters`) joins the low-rank branch: its ranks are
+appended. Where the weight holds the branch, in the modes `dequantized` and `reference`, it is added
+beside the layer.
 """
 
 # M rows of x   N out channels   K in channels, padded   R rank
@@ -33,8 +33,8 @@ from gesso_kernels.quantized_input import MAX_RANK
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from gesso_core.layers.adapters import LowRank, active_low_rank, low_rank_product
 from gesso_core.layers.linear import Activation, linear
-from gesso_core.lora.active import LowRank, active_low_rank, low_rank_product
 from gesso_core.quant.device_layouts import buffers_of
 from gesso_core.quant.exact import exact_linear
 from gesso_core.quant.record import QuantizedLinear

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 
 from gesso_core.hub import load_dc_ae, load_sana, resolve
-from gesso_core.lora.active import LowRank, adapters
+from gesso_core.layers.adapters import LowRank, adapters
 from gesso_core.lora.targets import LayerMap
 from gesso_core.models.dc_ae import DCAE
 from gesso_core.models.keys.sana import sana_diffusers_keys

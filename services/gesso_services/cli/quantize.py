@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from gesso_core.errors import InvalidRequest
+from gesso_core.registry import MODELS
 
 from gesso_services.cli.common import name_or_folder, one_sentence, out, progress_bars, remark
 
 if TYPE_CHECKING:
-    from gesso_core.quant.driver import Stage
+    from gesso_core.ptq.driver import Stage
     from rich.progress import Progress as Bars
 
 Target = Literal["int4", "nvfp4", "w8a8"]
@@ -68,9 +69,9 @@ def quantize(
     if plot is not None and plot.suffix.lower() != ".png":
         raise InvalidRequest(f"{plot} must end in .png")
 
-    from gesso_core.quant.driver import quantize_model
-    from gesso_core.quant.prompts import read_prompts
-    from gesso_core.quant.report import plot_errors
+    from gesso_core.ptq.driver import quantize_model
+    from gesso_core.ptq.prompts import read_prompts
+    from gesso_core.ptq.report import plot_errors
 
     texts = None if prompts is None else read_prompts(prompts)
     try:
@@ -96,13 +97,15 @@ def quantize(
     out.print(report.markdown(), markup=False, highlight=False, soft_wrap=True)
     if plot is not None:
         plot_errors([report], plot)
+    # A name of the registry would win over the folder.
+    shown = f"./{target}" if str(target) in MODELS else str(target)
     use = (
-        f"paint with it: gesso generate --local --model {target} PROMPT"
+        f"paint with it: gesso generate --local --model {shown} PROMPT"
         if isinstance(source, str)
         else f"put it in the place of {source / 'transformer'}"
     )
     out.print(
-        f"{target} holds the quantized model; {use}",
+        f"{shown} holds the quantized model; {use}",
         markup=False,
         highlight=False,
         soft_wrap=True,

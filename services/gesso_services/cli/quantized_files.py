@@ -24,9 +24,9 @@ def import_quantized(
     ] = None,
 ) -> None:
     """Turn a quantized model of nunchaku, deepcompressor or ModelOpt into one of gesso."""
+    from gesso_core.interchange.formats import detect_format
+    from gesso_core.interchange.formats import import_quantized as read
     from gesso_core.quant.canonical import CANONICAL_FILE, write_canonical
-    from gesso_core.quant.interchange import detect_format
-    from gesso_core.quant.interchange import import_quantized as read
     from gesso_core.safe_files import read_json
 
     target = folder / CANONICAL_FILE
@@ -59,9 +59,9 @@ def export_quantized(
 ) -> None:
     """Write a quantized model in a format of the nunchaku engine."""
     from gesso_core import hub
+    from gesso_core.interchange.formats import export_quantized as write
+    from gesso_core.interchange.nunchaku.sana import text_layers
     from gesso_core.quant.canonical import CANONICAL_FILE, read_canonical
-    from gesso_core.quant.interchange import export_quantized as write
-    from gesso_core.quant.nunchaku.sana import text_layers
     from gesso_core.safe_files import read_json
 
     if target.exists():

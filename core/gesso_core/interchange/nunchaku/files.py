@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from gesso_core.errors import WeightsError
+from gesso_core.interchange.nunchaku import metadata as meta
+from gesso_core.interchange.nunchaku import names, sana
+from gesso_core.interchange.nunchaku.linear import Sizes, pack_layer, unpack_layer, with_rank
+from gesso_core.interchange.nunchaku.packing import RANK_TILE, unpack_vector
 from gesso_core.quant.canonical import QuantizedModel
-from gesso_core.quant.nunchaku import metadata as meta
-from gesso_core.quant.nunchaku import names, sana
-from gesso_core.quant.nunchaku.linear import Sizes, pack_layer, unpack_layer, with_rank
-from gesso_core.quant.nunchaku.packing import RANK_TILE, unpack_vector
 from gesso_core.quant.record import QuantizedLinear
 from gesso_core.safe_files import write_tensors
 

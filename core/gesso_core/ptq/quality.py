@@ -1,4 +1,4 @@
-"""``python -m gesso_core.quant.quality``: what quantization does to the pictures of the small Sana.
+"""``python -m gesso_core.ptq.quality``: what quantization does to the pictures of the small Sana.
 
 The same prompts and seeds are drawn by the model as it is, by quantized versions of it in the exact
 arithmetic of their formats (mode ``reference``), and by one whose weights and inputs are plainly
@@ -36,9 +36,9 @@ from gesso_core.metrics import psnr, ssim
 from gesso_core.models.dc_ae import Encoder
 from gesso_core.pipelines.load import load_denoiser, load_its_autoencoder
 from gesso_core.pipelines.text_to_image import TextToImage
+from gesso_core.ptq.naive import round_plainly
+from gesso_core.ptq.picture_grid import picture_grid
 from gesso_core.quant.modules import SVDQuantLinear
-from gesso_core.quant.naive import round_plainly
-from gesso_core.quant.picture_grid import picture_grid
 from gesso_core.registry import MODELS
 
 BASE: Final = "sana-tiny"
@@ -171,7 +171,7 @@ def _stored_bytes(pipeline: TextToImage) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the table; write the grid of pictures and the numbers."""
-    parser = argparse.ArgumentParser(prog="python -m gesso_core.quant.quality", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m gesso_core.ptq.quality", description=__doc__)
     shipped = [entry.name for entry in MODELS.values() if entry.base == BASE]
     parser.add_argument("--models", nargs="*", default=shipped, help="names or folders")
     parser.add_argument("--out", type=Path, default=Path("docs/images/quantized_grid.png"))

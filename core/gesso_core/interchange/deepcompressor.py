@@ -19,8 +19,8 @@ from torch import Tensor
 
 from gesso_core.errors import WeightsError
 from gesso_core.hub.convert import open_pickle
+from gesso_core.interchange.nunchaku.flux import BLOCK, IntermediateState, flux_layers
 from gesso_core.quant.canonical import QuantizedModel
-from gesso_core.quant.nunchaku.flux import BLOCK, IntermediateState, flux_layers
 from gesso_core.safe_files import inside
 
 FILES: Final = ("model.pt", "scale.pt", "smooth.pt", "branch.pt")

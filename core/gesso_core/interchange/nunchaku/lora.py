@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gesso_core.errors import WeightsError
-from gesso_core.quant.nunchaku.packing import (
+from gesso_core.interchange.nunchaku.packing import (
     RANK_TILE,
     interleave_rows,
     pack_low_rank,

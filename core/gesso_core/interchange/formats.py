@@ -17,6 +17,12 @@ from torch import Tensor
 
 from gesso_core.errors import WeightsError
 from gesso_core.hub.checkpoint import weight_files
+from gesso_core.interchange.deepcompressor import import_deepcompressor, is_intermediate
+from gesso_core.interchange.fused_rows import sana_names
+from gesso_core.interchange.modelopt import import_modelopt, is_modelopt
+from gesso_core.interchange.nunchaku import metadata as meta
+from gesso_core.interchange.nunchaku import names
+from gesso_core.interchange.nunchaku.files import read_model, write_model
 from gesso_core.models.keys.sana import sana_keys
 from gesso_core.models.keys.translate import translate
 from gesso_core.quant.canonical import (
@@ -26,12 +32,6 @@ from gesso_core.quant.canonical import (
     read_canonical,
     write_canonical,
 )
-from gesso_core.quant.deepcompressor import import_deepcompressor, is_intermediate
-from gesso_core.quant.fused_rows import sana_names
-from gesso_core.quant.modelopt import import_modelopt, is_modelopt
-from gesso_core.quant.nunchaku import metadata as meta
-from gesso_core.quant.nunchaku import names
-from gesso_core.quant.nunchaku.files import read_model, write_model
 from gesso_core.safe_files import inside, read_header, read_json, read_tensors
 
 FileFormat = Literal[

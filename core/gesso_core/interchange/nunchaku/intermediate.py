@@ -15,7 +15,7 @@ from gesso_kernels.number_formats import e2m1_codes, pack_consecutive
 from torch import Tensor
 
 from gesso_core.errors import WeightsError
-from gesso_core.quant.nunchaku.packing import interleave_rows, pad_to
+from gesso_core.interchange.nunchaku.packing import interleave_rows, pad_to
 from gesso_core.quant.record import GROUP, ActivationFormat, QuantizedLinear, WeightFormat
 
 AWQ_ZERO: Final = 7  # code of the value 0

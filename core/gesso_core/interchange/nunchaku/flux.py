@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gesso_core.errors import WeightsError
-from gesso_core.quant.nunchaku.intermediate import (
+from gesso_core.interchange.nunchaku.intermediate import (
     require_grid,
     residual_layer,
     weight_only_layer,

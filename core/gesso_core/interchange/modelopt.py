@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 
 from gesso_core.errors import WeightsError
+from gesso_core.interchange.nunchaku.packing import pad_to
 from gesso_core.quant.canonical import QuantizedModel
-from gesso_core.quant.nunchaku.packing import pad_to
 from gesso_core.quant.record import GROUP, QuantizedLinear
 
 _COLUMN_TILE: Final = 64

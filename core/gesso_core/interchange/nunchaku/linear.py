@@ -19,7 +19,7 @@ from gesso_kernels.number_formats import pack_consecutive, unpack_consecutive
 from torch import Tensor
 
 from gesso_core.errors import WeightsError
-from gesso_core.quant.nunchaku.packing import (
+from gesso_core.interchange.nunchaku.packing import (
     TILE,
     pack_awq_scale,
     pack_awq_weight,

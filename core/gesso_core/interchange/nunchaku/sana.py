@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 
 from gesso_core.errors import WeightsError
+from gesso_core.interchange.nunchaku.linear import Sizes, resized
+from gesso_core.interchange.nunchaku.sana_rows import engine_rows, inverse, pairs, take, take_rows
 from gesso_core.models.keys.sana import SANA_DIFFUSERS, SANA_SPRINT_DIFFUSERS
 from gesso_core.models.keys.translate import KeyMap, Rule, translate, untranslate
 from gesso_core.quant.canonical import QuantizedModel
-from gesso_core.quant.nunchaku.linear import Sizes, resized
-from gesso_core.quant.nunchaku.sana_rows import engine_rows, inverse, pairs, take, take_rows
 from gesso_core.quant.record import QuantizedLinear
 
 ENGINE_LAYERS: Final = {

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gesso_core.errors import WeightsError
-from gesso_core.quant.nunchaku.linear import Sizes
+from gesso_core.interchange.nunchaku.linear import Sizes
 from gesso_core.safe_files import inside, read_header, read_json, read_tensors
 
 Precision = Literal["int4", "nvfp4"]

@@ -31,8 +31,13 @@ from gesso_core.hub import DEFAULT_STORE, resolve_parts, trained_dtype
 from gesso_core.hub.checkpoint import file_metadata, is_quantized, weight_files
 from gesso_core.pipelines.denoiser import Denoiser
 from gesso_core.pipelines.load import load_denoiser
-from gesso_core.quant import calibration
-from gesso_core.quant.calibration import DEFAULT_SEED, DEFAULT_TOKENS
+from gesso_core.ptq import calibration
+from gesso_core.ptq.calibration import DEFAULT_SEED, DEFAULT_TOKENS
+from gesso_core.ptq.choices import refuse_other, write_json
+from gesso_core.ptq.joined import join, split_rows
+from gesso_core.ptq.prompts import checked_prompts, default_prompts
+from gesso_core.ptq.report import LayerError, QuantizationReport, load_report
+from gesso_core.ptq.settings import DEFAULT_RANK, FORMATS, Format, Settings, require_writable
 from gesso_core.quant.canonical import (
     CANONICAL_FILE,
     QuantizedModel,
@@ -40,16 +45,11 @@ from gesso_core.quant.canonical import (
     read_canonical,
     write_canonical,
 )
-from gesso_core.quant.choices import refuse_other, write_json
-from gesso_core.quant.joined import join, split_rows
 from gesso_core.quant.layer import LayerReport, QuantOptions, quantize_linear
 from gesso_core.quant.layer_map import LayerRule, find_layers, layer_map, matrix_of
 from gesso_core.quant.low_rank import Svd
 from gesso_core.quant.options import HALF_TYPES
-from gesso_core.quant.prompts import checked_prompts, default_prompts
 from gesso_core.quant.record import ActivationFormat, QuantizedLinear
-from gesso_core.quant.report import LayerError, QuantizationReport, load_report
-from gesso_core.quant.settings import DEFAULT_RANK, FORMATS, Format, Settings, require_writable
 from gesso_core.safe_files import read_header, read_json
 
 Stage = Literal["calibrating", "quantizing"]

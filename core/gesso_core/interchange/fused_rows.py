@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from gesso_core.errors import WeightsError
+from gesso_core.interchange.nunchaku.lora import Factors, block_diagonal
 from gesso_core.models.keys.sana import sana_keys
 from gesso_core.models.keys.translate import translate
-from gesso_core.quant.nunchaku.lora import Factors, block_diagonal
 from gesso_core.quant.record import QuantizedLinear
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Final, TypeVar
 
 from gesso_core.errors import WeightsError
-from gesso_core.quant.nunchaku.linear import AWQ_TENSORS, W4A4_TENSORS
+from gesso_core.interchange.nunchaku.linear import AWQ_TENSORS, W4A4_TENSORS
 
 Value = TypeVar("Value")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gesso_core.errors import WeightsError
-from gesso_core.quant.nunchaku.packing import TILE
+from gesso_core.interchange.nunchaku.packing import TILE
 from gesso_core.quant.record import QuantizedLinear
 
 

@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from gesso_core.errors import NumericalError, WeightsError
 from gesso_core.pipelines.denoiser import Denoiser
 from gesso_core.pipelines.recipe import GenerationRequest, Recipe
-from gesso_core.quant.choices import refuse_other, write_json
+from gesso_core.ptq.choices import refuse_other, write_json
+from gesso_core.ptq.measuring import FILL, behind_parent, parent_inputs
+from gesso_core.ptq.samples import Entries, SampleWriter, read_sample
 from gesso_core.quant.layer import Evaluate
 from gesso_core.quant.layer_map import LayerRule, matrix_of
-from gesso_core.quant.measuring import FILL, behind_parent, parent_inputs
-from gesso_core.quant.samples import Entries, SampleWriter, read_sample
 from gesso_core.safe_files import read_json, read_tensors
 
 MANIFEST: Final = "calibration.json"

@@ -1,0 +1,1 @@
+"""Quantized files of other tools: Nunchaku, deepcompressor, ModelOpt."""
