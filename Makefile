@@ -31,7 +31,7 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec compose.yaml
 	$(BIN)/hadolint Dockerfile
-	$(BIN)/pytest -q -m "$(FAST)"
+	$(BIN)/pytest -q -n 2 --dist loadfile -m "$(FAST)"
 
 format: setup
 	$(BIN)/ruff format .

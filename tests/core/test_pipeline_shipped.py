@@ -45,9 +45,10 @@ def test_a_quantized_picture_is_the_same_alone_and_among_others(
     quantized = TextToImage(load_denoiser(name, quantized_mode=mode), pipeline.autoencoder)
     size = quantized.denoiser.entry.native_size
     requests = [
-        GenerationRequest(prompt=prompt, width=size, height=size, seed=seed, steps=12)
+        GenerationRequest(prompt=prompt, width=size, height=size, seed=seed, steps=6)
         for seed, prompt in enumerate(
-            ["a dog", "a red apple, 3D style, on a blue background", "a castle, flat style"]
+            [f"a {thing}" for thing in ("dog", "castle", "cat", "rocket", "blue car", "tulip")]
+            + ["a red apple, 3D style, on a blue background", "an owl, flat style"]
         )
     ]
     for request, picture in zip(requests, quantized(*requests), strict=True):

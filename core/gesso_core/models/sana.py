@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from gesso_core.errors import InvalidRequest
 from gesso_core.layers.attention import CrossAttention, ReLULinearAttention
 from gesso_core.layers.embeddings import PositionTable, ScalarEmbedding
-from gesso_core.layers.linear import Linear
+from gesso_core.layers.linear import Linear, linear
 from gesso_core.layers.mix_ffn import MixFFN
 from gesso_core.layers.modulation import Modulation, modulated
 from gesso_core.models.sana_config import SANA_CONFIGS, SanaConfig
@@ -216,8 +216,11 @@ class Sana(nn.Module):
         return height // patch, width // patch
 
     def _patches(self, latent_BCHW: Tensor, grid: tuple[int, int]) -> Tensor:
-        x_BND: Tensor = (
-            self.patch(latent_BCHW.to(self.patch.weight.dtype)).flatten(2).mT.contiguous()
+        # As a product: a convolution's order of additions would depend on the size of the batch.
+        patch = self.config.patch_size
+        cells_BNE = F.pixel_unshuffle(latent_BCHW.to(self.patch.weight.dtype), patch)
+        x_BND = linear(
+            cells_BNE.flatten(2).mT.contiguous(), self.patch.weight.flatten(1), self.patch.bias
         )
         return x_BND if self.positions is None else x_BND + self.positions(*grid, like=x_BND)
 
