@@ -1,7 +1,7 @@
 """The whole stack as a user starts it: ``gesso up`` in its own process, with nothing replaced.
 
-Times that a person would wait for (redelivery, scaling) are shortened through the environment, as
-an operator would do it.
+Times that a person would wait for (redelivery, scaling) are shortened and a quantized model is
+served as well, through the environment, as an operator would do it.
 """
 
 import os
@@ -19,7 +19,8 @@ import psutil
 import pytest
 from gesso_services.client import Gesso
 
-SHORT_TIMES = {
+OPERATOR = {
+    "GESSO_DIFFUSION_MODELS": '["sana-tiny", "sana-tiny-int4"]',
     "GESSO_JOB_ACK_WAIT_S": "3",
     "GESSO_DIFFUSION_MAX_REPLICAS": "2",
     "GESSO_DIFFUSION_UPSCALE_DELAY_S": "1",
@@ -97,7 +98,7 @@ class start_stack:  # noqa: N801 - reads as a verb where it is used
         self.command += ["--port", str(port), "--state", str(state)]
         self.url = f"http://127.0.0.1:{port}"
         joined = {"NATS_URL", "RAY_ADDRESS", "RAY_ENABLE_UV_RUN_RUNTIME_ENV"}
-        self.environment = {k: v for k, v in os.environ.items() if k not in joined} | SHORT_TIMES
+        self.environment = {k: v for k, v in os.environ.items() if k not in joined} | OPERATOR
         self.lines: list[str] = []
 
     def __enter__(self) -> RunningStack:

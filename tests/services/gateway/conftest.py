@@ -4,6 +4,7 @@ Everything runs in one thread with its own event loop, so that tests may block.
 """
 
 import asyncio
+import contextlib
 import importlib.util
 import socket
 import sys
@@ -65,6 +66,12 @@ class Gateway:
             self._server.serve(sockets=[self.socket]), loop.loop
         )
 
+    def when_ready(self) -> "Gateway":
+        with httpx2.Client(base_url=self.url, timeout=10) as http:
+            while http.get("/health/ready").status_code != 200:
+                pass  # each answer takes as long as the question to the services
+        return self
+
     def stop(self) -> None:
         self._server.should_exit = True
         self._serving.result(15)
@@ -89,10 +96,12 @@ def painter() -> ModuleType:
     return module
 
 
-@pytest.fixture(scope="session")
-def shared_broker(loop: Loop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NatsServer]:
-    """A provisioned broker for all tests of the edge."""
-    server = NatsServer(tmp_path_factory.mktemp("nats"))
+StartGateway = Callable[..., Gateway]
+
+
+@contextlib.contextmanager
+def provisioned_broker(loop: Loop, folder: Path) -> Iterator[NatsServer]:
+    server = NatsServer(folder)
     server.start()
 
     async def prepare() -> None:
@@ -105,13 +114,11 @@ def shared_broker(loop: Loop, tmp_path_factory: pytest.TempPathFactory) -> Itera
     server.stop()
 
 
-@pytest.fixture(scope="session")
-def services(loop: Loop, shared_broker: NatsServer, painter: ModuleType) -> Iterator[None]:
-    """The painter and the coder, ready."""
+@contextlib.contextmanager
+def painter_and_coder(loop: Loop, broker: NatsServer, painter: ModuleType) -> Iterator[None]:
     specs: list[ServiceSpec] = [painter.painter_spec(), painter.coder_spec()]
     hosts = [
-        ServiceHost(spec, bus_settings=shared_broker.bus_settings(), job_settings=JOBS)
-        for spec in specs
+        ServiceHost(spec, bus_settings=broker.bus_settings(), job_settings=JOBS) for spec in specs
     ]
     for host in hosts:
         loop.run(host.start())
@@ -120,7 +127,35 @@ def services(loop: Loop, shared_broker: NatsServer, painter: ModuleType) -> Iter
         loop.run(host.stop(0.5))
 
 
-StartGateway = Callable[..., Gateway]
+@pytest.fixture(scope="session")
+def shared_broker(loop: Loop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NatsServer]:
+    """A provisioned broker for all tests of the edge."""
+    with provisioned_broker(loop, tmp_path_factory.mktemp("nats")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def services(loop: Loop, shared_broker: NatsServer, painter: ModuleType) -> Iterator[None]:
+    """The painter and the coder, ready."""
+    with painter_and_coder(loop, shared_broker, painter):
+        yield
+
+
+@pytest.fixture
+def untouched_gateway(loop: Loop, painter: ModuleType, tmp_path: Path) -> Iterator[StartGateway]:
+    """Start a gateway before a broker and services of its own, where no test has left a job."""
+    with (
+        provisioned_broker(loop, tmp_path / "nats") as broker,
+        painter_and_coder(loop, broker, painter),
+        contextlib.ExitStack() as running,
+    ):
+
+        def start(**settings: Any) -> Gateway:
+            gateway = Gateway(loop, broker, GatewaySettings(**settings))
+            running.callback(gateway.stop)
+            return gateway.when_ready()
+
+        yield start
 
 
 @pytest.fixture(scope="session")
@@ -130,10 +165,7 @@ def _gateways(loop: Loop, shared_broker: NatsServer, services: None) -> Iterator
     def start(**settings: Any) -> Gateway:
         gateway = Gateway(loop, shared_broker, GatewaySettings(**settings))
         running.append(gateway)
-        with httpx2.Client(base_url=gateway.url, timeout=10) as http:
-            while http.get("/health/ready").status_code != 200:
-                pass  # each answer takes as long as the question to the services
-        return gateway
+        return gateway.when_ready()
 
     yield start
     for gateway in running:

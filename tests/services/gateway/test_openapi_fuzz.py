@@ -12,11 +12,12 @@ pytestmark = [pytest.mark.broker, pytest.mark.slow, pytest.mark.timeout(600)]
 EXAMPLES = 10
 # A schema cannot say that bytes are a whole picture, or that a size suits a model, so some bodies
 # that satisfy it are refused with 422.
-NOT_CHECKED = "positive_data_acceptance"
+# And DELETE of a job cancels it: what became of it stays to be asked for.
+NOT_CHECKED = "positive_data_acceptance,use_after_free"
 
 
-def test_schemathesis_finds_nothing(start_gateway: Any, tmp_path: Path) -> None:
-    gateway = start_gateway(api_keys="sesame", heartbeat_s=1.0, deadline_s=20.0)
+def test_schemathesis_finds_nothing(untouched_gateway: Any, tmp_path: Path) -> None:
+    gateway = untouched_gateway(api_keys="sesame", heartbeat_s=1.0, deadline_s=20.0)
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{gateway.url}/openapi.json"]
     options = [
         *("--checks", "all", "--exclude-checks", NOT_CHECKED),
