@@ -1,7 +1,7 @@
 """How a linear layer is to be quantized, and what came of it."""
 
-from dataclasses import asdict, dataclass
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Final
 
 import torch
 
@@ -88,7 +88,3 @@ class LayerReport:
     rank: int
     rows: int
     seconds: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        return asdict(self)
