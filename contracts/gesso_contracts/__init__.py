@@ -6,6 +6,16 @@ Pydantic only; nothing of the other packages is imported here.
 from gesso_contracts.base import JobId, Message, Sha256, Token
 from gesso_contracts.blobs import SAFETENSORS, BlobRef, Inline, Payload
 from gesso_contracts.codec import ContractError, decode, encode, parse
+from gesso_contracts.conversations import (
+    AnswerTurn,
+    ImagePart,
+    ImagesJudged,
+    JudgeImages,
+    TextPart,
+    Turn,
+    TurnAnswered,
+    VideoPart,
+)
 from gesso_contracts.jobs import (
     TRANSITIONS,
     CancelJob,
@@ -18,6 +28,7 @@ from gesso_contracts.jobs import (
     JobState,
     JobStateChanged,
     JobStatus,
+    JobText,
 )
 from gesso_contracts.messages import (
     AskMetrics,
@@ -26,6 +37,7 @@ from gesso_contracts.messages import (
     EmbedText,
     EncodeImage,
     GenerateImage,
+    GenerateVideo,
     ImageEncoded,
     ImageFormat,
     ImageReady,
@@ -40,12 +52,16 @@ from gesso_contracts.messages import (
     SamplerName,
     ServiceReady,
     TextEmbedded,
+    VaryImage,
+    VideoFormat,
+    VideoReady,
 )
 from gesso_contracts.problem import Problem
 
 __all__ = [
     "SAFETENSORS",
     "TRANSITIONS",
+    "AnswerTurn",
     "AskMetrics",
     "AskReady",
     "BlobRef",
@@ -56,9 +72,12 @@ __all__ = [
     "EmbedText",
     "EncodeImage",
     "GenerateImage",
+    "GenerateVideo",
     "ImageEncoded",
     "ImageFormat",
+    "ImagePart",
     "ImageReady",
+    "ImagesJudged",
     "Inline",
     "Job",
     "JobEvent",
@@ -69,6 +88,8 @@ __all__ = [
     "JobState",
     "JobStateChanged",
     "JobStatus",
+    "JobText",
+    "JudgeImages",
     "LatentDecoded",
     "LoraUse",
     "LoraUsed",
@@ -84,7 +105,14 @@ __all__ = [
     "ServiceReady",
     "Sha256",
     "TextEmbedded",
+    "TextPart",
     "Token",
+    "Turn",
+    "TurnAnswered",
+    "VaryImage",
+    "VideoFormat",
+    "VideoPart",
+    "VideoReady",
     "decode",
     "encode",
     "parse",

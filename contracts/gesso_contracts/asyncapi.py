@@ -23,6 +23,7 @@ EVENTS: dict[subjects.EventName, type[Message]] = {
     "state": jobs.JobStateChanged,
     "progress": jobs.JobProgress,
     "preview": jobs.JobPreview,
+    "text": jobs.JobText,
 }
 
 

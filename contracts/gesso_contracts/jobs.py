@@ -89,6 +89,14 @@ class JobPreview(Message):
     media_type: MediaType = "image/webp"
 
 
+class JobText(Message):
+    """The answer so far, from its beginning: a late or lost event leaves no hole."""
+
+    event: Literal["text"] = "text"
+    job_id: JobId
+    text: str = Field(max_length=limits.ANSWER_CHARS)
+
+
 class JobStateChanged(Message):
     """The job entered another state."""
 
@@ -96,7 +104,9 @@ class JobStateChanged(Message):
     state: JobState
 
 
-JobEvent = Annotated[JobProgress | JobPreview | JobStateChanged, Field(discriminator="event")]
+JobEvent = Annotated[
+    JobProgress | JobPreview | JobText | JobStateChanged, Field(discriminator="event")
+]
 
 
 class CancelJob(Message):

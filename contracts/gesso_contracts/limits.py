@@ -35,5 +35,18 @@ SEED_LIMIT: Final = 2**63
 MAX_LORAS: Final = 4
 MAX_LORA_STRENGTH: Final = 4.0
 
+# Tokens: answers, videos, judgements.
+MAX_TOP_K: Final = 65536
+MAX_KEEP: Final = 256
+MAX_TURNS: Final = 64
+MAX_PARTS: Final = 32
+MAX_ANSWER_TOKENS: Final = 4096
+MAX_STOPS: Final = 4
+STOP_CHARS: Final = 100
+MAX_TEMPERATURE: Final = 2.0
+ANSWER_CHARS: Final = 100_000
+PICTURES_PER_JUDGEMENT: Final = 16
+MAX_FRAMES_PER_S: Final = 60
+
 # Jobs.
 MAX_LIST: Final = 200

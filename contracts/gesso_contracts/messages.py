@@ -12,7 +12,10 @@ from gesso_contracts.base import LoraStrength, Message, ModelName, Prompt, Sha25
 from gesso_contracts.blobs import BlobRef, Payload
 
 ImageFormat = Literal["png", "jpeg", "webp"]
-SamplerName = Literal["flow-dpm-solver", "flow-euler", "scm"]
+VideoFormat = Literal["mp4", "webp", "gif"]
+SamplerName = Literal["flow-dpm-solver", "flow-euler", "scm", "next-scale", "next-token"]
+TopK = Annotated[int, Field(ge=1, le=limits.MAX_TOP_K)]
+TopP = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 
 
 class LoraUse(Message):
@@ -47,6 +50,36 @@ class GenerateImage(Message):
         default=0, ge=0, le=limits.MAX_STEPS, description="steps; 0 for no preview"
     )
     loras: list[LoraUse] = Field(default_factory=list, max_length=limits.MAX_LORAS)
+    top_k: TopK | None = Field(default=None, description="for models that draw tokens")
+    top_p: TopP | None = Field(default=None, description="for models that draw tokens")
+
+
+class VaryImage(GenerateImage):
+    """A picture in, another one out that keeps its first ``keep`` scales or rows.
+
+    With ``keep`` 0 a model that sees pictures looks at it and draws anew.
+    """
+
+    image: Payload
+    keep: int = Field(ge=0, le=limits.MAX_KEEP)
+
+
+class GenerateVideo(Message):
+    """Text in, one short video out. What is ``None`` takes the model's own default."""
+
+    model: ModelName
+    prompt: Prompt
+    seed: int = Field(ge=0, lt=limits.SEED_LIMIT)
+    guidance_scale: float | None = Field(
+        default=None, ge=0, le=limits.MAX_GUIDANCE, allow_inf_nan=False
+    )
+    top_k: TopK | None = None
+    top_p: TopP | None = None
+    frames_per_s: int = Field(default=8, ge=1, le=limits.MAX_FRAMES_PER_S)
+    output_format: VideoFormat = "mp4"
+    preview_every: int = Field(
+        default=0, ge=0, le=limits.MAX_STEPS, description="steps; 0 for no preview"
+    )
 
 
 class Provenance(Message):
@@ -71,6 +104,18 @@ class ImageReady(Message):
     """A finished picture."""
 
     image: BlobRef
+    width: int = Field(ge=1)
+    height: int = Field(ge=1)
+    seed: int = Field(ge=0, lt=limits.SEED_LIMIT)
+    provenance: Provenance
+
+
+class VideoReady(Message):
+    """A finished video."""
+
+    video: BlobRef
+    frames: int = Field(ge=1)
+    frames_per_s: int = Field(ge=1)
     width: int = Field(ge=1)
     height: int = Field(ge=1)
     seed: int = Field(ge=0, lt=limits.SEED_LIMIT)

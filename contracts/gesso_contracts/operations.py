@@ -5,6 +5,7 @@ Services register their handlers against this table, and the AsyncAPI document i
 
 from dataclasses import dataclass
 
+from gesso_contracts import conversations as c
 from gesso_contracts import messages as m
 from gesso_contracts.base import Message
 
@@ -42,6 +43,13 @@ RPC: dict[str, dict[str, Operation]] = {
         "ready": READY,
         "metrics": METRICS,
     },
+    "autoregressive": {
+        "judge": Operation(
+            request=c.JudgeImages, reply=c.ImagesJudged, summary="How well pictures show a prompt."
+        ),
+        "ready": READY,
+        "metrics": METRICS,
+    },
 }
 
 JOBS: dict[str, dict[str, Operation]] = {
@@ -53,6 +61,20 @@ JOBS: dict[str, dict[str, Operation]] = {
     "diffusion": {
         "generate-image": Operation(
             request=m.GenerateImage, reply=m.ImageReady, summary="Text to picture."
+        ),
+    },
+    "autoregressive": {
+        "generate-image": Operation(
+            request=m.GenerateImage, reply=m.ImageReady, summary="Text to picture, token by token."
+        ),
+        "vary-image": Operation(
+            request=m.VaryImage, reply=m.ImageReady, summary="A picture from a picture and text."
+        ),
+        "generate-video": Operation(
+            request=m.GenerateVideo, reply=m.VideoReady, summary="Text to a short video."
+        ),
+        "answer": Operation(
+            request=c.AnswerTurn, reply=c.TurnAnswered, summary="The next turn of a conversation."
         ),
     },
 }

@@ -10,7 +10,7 @@ from typing import Literal
 from gesso_contracts.base import TOKEN_PATTERN
 
 PREFIX = "gesso.v1"
-EventName = Literal["state", "progress", "preview"]
+EventName = Literal["state", "progress", "preview", "text"]
 
 STREAM_JOBS = "JOBS"
 STREAM_DEAD_LETTERS = "DLQ"

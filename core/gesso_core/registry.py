@@ -12,7 +12,8 @@ from typing import Literal
 
 from gesso_core.errors import UnknownModel
 
-Task = Literal["text-to-image", "autoencoder", "text-encoder"]
+Task = Literal["text-to-image", "text-to-video", "image-to-text", "autoencoder", "text-encoder"]
+Family = Literal["sana", "hart", "vila-u", "dc-ae", "vila-u-tower", "smollm2", "gemma-2", "qwen2"]
 TrainedDtype = Literal["float32", "float16", "bfloat16"]
 
 
@@ -20,6 +21,7 @@ TrainedDtype = Literal["float32", "float16", "bfloat16"]
 class ModelEntry:
     """A model, where its weights are and, for text to image, what it is used with.
 
+    ``family`` says which code loads it and ``tasks`` what it can do, the main one first.
     ``config`` is the key in its family's table (``SANA_CONFIGS``, ``DC_AE_CONFIGS``); ``shipped``
     is a folder of this package, ``repo`` and ``revision`` a hub repository in the diffusers layout,
     ``original_repo`` the same weights in the authors' layout. ``native_size`` is in pixels along
@@ -30,7 +32,8 @@ class ModelEntry:
     """
 
     name: str
-    task: Task
+    family: Family
+    tasks: tuple[Task, ...]
     summary: str
     config: str = ""
     shipped: str | None = None
@@ -48,10 +51,16 @@ class ModelEntry:
     shift: float = 3.0
     base: str | None = None
 
+    @property
+    def task(self) -> Task:
+        """What it is mainly for."""
+        return self.tasks[0]
+
 
 _SANA = ModelEntry(
     name="sana-0.6b-512",
-    task="text-to-image",
+    family="sana",
+    tasks=("text-to-image",),
     summary="Sana, 0.6 B parameters, 512 px",
     config="sana-0.6b-512",
     repo="Efficient-Large-Model/Sana_600M_512px_diffusers",
@@ -87,7 +96,8 @@ def _dc_ae(name: str, summary: str) -> ModelEntry:
     repo = f"mit-han-lab/{name}"
     return ModelEntry(
         name=name,
-        task="autoencoder",
+        family="dc-ae",
+        tasks=("autoencoder",),
         summary=summary,
         config=name,
         repo=f"{repo}-diffusers",
@@ -97,7 +107,8 @@ def _dc_ae(name: str, summary: str) -> ModelEntry:
 
 _SANA_TINY = ModelEntry(
     name="sana-tiny",
-    task="text-to-image",
+    family="sana",
+    tasks=("text-to-image",),
     summary="small Sana for emoji-like pictures of everyday things; runs on a laptop CPU",
     config="sana-tiny",
     shipped="sana-tiny",
@@ -122,10 +133,59 @@ _QUANTIZED_TINY = tuple(
     )
 )
 
+_HART = ModelEntry(
+    name="hart-0.7b-1024",
+    family="hart",
+    tasks=("text-to-image",),
+    summary="HART, 0.7 B parameters, 1024 px, next-scale prediction with residual diffusion",
+    repo="mit-han-lab/hart-0.7b-1024px",
+    autoencoder="hart-0.7b-1024",
+    text_encoder="qwen2-vl-1.5b-instruct",
+    sampler="next-scale",
+    steps=14,
+)
+_HART_TINY = replace(
+    _HART,
+    name="hart-tiny",
+    summary="small HART that draws what the small Sana draws, scale by scale",
+    repo=None,
+    shipped="hart-tiny",
+    autoencoder="dcae-tiny",
+    text_encoder="smollm2-l6",
+    native_size=64,
+    steps=4,
+)
+_VILA_U = ModelEntry(
+    name="vila-u-7b-256",
+    family="vila-u",
+    tasks=("image-to-text", "text-to-image", "text-to-video"),
+    summary="VILA-U, 7 B parameters, 256 px: sees, answers and draws with one model",
+    repo="mit-han-lab/vila-u-7b-256",
+    trained_dtype="bfloat16",
+    autoencoder="vila-u-7b-256",
+    native_size=256,
+    sampler="next-token",
+    steps=16,
+    guidance_scale=3.0,
+)
+_VILA_U_TINY = replace(
+    _VILA_U,
+    name="vilau-tiny",
+    tasks=("image-to-text", "text-to-image"),
+    summary="small VILA-U: names what it sees, answers questions, draws",
+    repo=None,
+    shipped="vilau-tiny",
+    trained_dtype="float32",
+    autoencoder="vilau-tiny-tower",
+    native_size=64,
+    steps=4,
+)
 
 _ENTRIES = (
     _SANA_TINY,
     *_QUANTIZED_TINY,
+    _HART_TINY,
+    _VILA_U_TINY,
     _SANA,
     _sana("sana-0.6b-1024", "Sana, 0.6 B, 1024 px", "Sana_600M_1024px", 1024, "float16"),
     _sana("sana-1.6b-512", "Sana, 1.6 B, 512 px", "Sana_1600M_512px", 512, "float16"),
@@ -154,9 +214,28 @@ _ENTRIES = (
     _sana("sana-1.5-4.8b", "SANA-1.5, 4.8 B, 1024 px", "SANA1.5_4.8B_1024px", 1024, "bfloat16"),
     _sprint("sana-sprint-0.6b", "SANA-Sprint, 0.6 B, 1 to 4 steps", "Sana_Sprint_0.6B_1024px"),
     _sprint("sana-sprint-1.6b", "SANA-Sprint, 1.6 B, 1 to 4 steps", "Sana_Sprint_1.6B_1024px"),
+    _HART,
+    _VILA_U,
+    replace(
+        _VILA_U,
+        name="vila-u-7b-384",
+        summary="VILA-U, 7 B parameters, 384 px",
+        repo="mit-han-lab/vila-u-7b-384",
+        autoencoder="vila-u-7b-384",
+        native_size=384,
+        steps=27,
+    ),
+    ModelEntry(
+        name="vilau-tiny-tower",
+        family="vila-u-tower",
+        tasks=("autoencoder",),
+        summary="vision tower of the small VILA-U: pictures to codes and back",
+        shipped="vilau-tiny",
+    ),
     ModelEntry(
         name="dcae-tiny",
-        task="autoencoder",
+        family="dc-ae",
+        tasks=("autoencoder",),
         summary="small DC-AE f16c32 that ships with gesso",
         config="dcae-tiny",
         shipped="dcae-tiny",
@@ -171,15 +250,25 @@ _ENTRIES = (
     _dc_ae("dc-ae-f128c512-mix-1.0", "DC-AE, 128x per side, 512 channels, mixed data"),
     ModelEntry(
         name="smollm2-l6",
-        task="text-encoder",
+        family="smollm2",
+        tasks=("text-encoder",),
         summary="first 6 layers of SmolLM2-135M-Instruct, domain vocabulary",
         shipped="smollm2-l6",
     ),
     ModelEntry(
         name="gemma-2-2b-it",
-        task="text-encoder",
+        family="gemma-2",
+        tasks=("text-encoder",),
         summary="Gemma-2, instruction-tuned; comes inside every published Sana pipeline",
         repo="Efficient-Large-Model/Sana_600M_512px_diffusers",
+        trained_dtype="bfloat16",
+    ),
+    ModelEntry(
+        name="qwen2-vl-1.5b-instruct",
+        family="qwen2",
+        tasks=("text-encoder",),
+        summary="the language half of Qwen2-VL, which HART reads its prompts with",
+        repo="mit-han-lab/Qwen2-VL-1.5B-Instruct",
         trained_dtype="bfloat16",
     ),
 )

@@ -1,4 +1,4 @@
-"""The one thread of a replica that denoises: it runs the step batcher while anybody is in it."""
+"""The one thread of a replica that runs its models: the step batcher, while anybody is in it."""
 
 import logging
 import threading
@@ -6,18 +6,17 @@ from collections.abc import Callable
 
 import torch
 from gesso_core.errors import Unavailable
-from gesso_core.pipelines.draft import Draft
-from gesso_core.pipelines.step_batcher import Advances, OnStep, StepBatcher, Ticket
+from gesso_core.pipelines.step_batcher import Advances, D, StepBatcher, Ticket
 
 log = logging.getLogger(__name__)
 
-STOPPING = "the replica that draws this picture stops; another one will start it again"
+STOPPING = "the replica that works on this stops; another one will start it again"
 
 
 class StepThread:
-    """Takes pictures from any thread and advances them in its own.
+    """Takes drafts from any thread and advances them in its own.
 
-    ``on_batch`` hears how many pictures shared each step; ``threads`` are the CPU threads that one
+    ``on_batch`` hears how many drafts shared each step; ``threads`` are the CPU threads that one
     forward may use.
     """
 
@@ -29,10 +28,10 @@ class StepThread:
         self._on_batch = on_batch
         self._work = threading.Condition()
         self._stopped = False
-        self._thread = threading.Thread(target=self._run, name="denoising", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="steps", daemon=True)
 
     def start(self) -> None:
-        """Begin to wait for pictures."""
+        """Begin to wait for drafts."""
         self._thread.start()
 
     def stop(self) -> None:
@@ -43,19 +42,19 @@ class StepThread:
 
     def add(
         self,
-        denoiser: Advances,
-        draft: Draft,
+        model: Advances[D],
+        draft: D,
         *,
         job_id: str,
-        on_step: OnStep,
+        on_step: Callable[[D], None],
         is_withdrawn: Callable[[], bool],
-    ) -> Ticket:
-        """Let a picture in; see `StepBatcher.add`. `Unavailable` once stopped."""
+    ) -> Ticket[D]:
+        """Let a draft in; see `StepBatcher.add`. `Unavailable` once stopped."""
         with self._work:
             if self._stopped:
                 raise Unavailable(STOPPING)
             ticket = self.batcher.add(
-                denoiser, draft, ticket_id=job_id, on_step=on_step, is_withdrawn=is_withdrawn
+                model, draft, ticket_id=job_id, on_step=on_step, is_withdrawn=is_withdrawn
             )
             self._work.notify()
         return ticket
@@ -71,6 +70,6 @@ class StepThread:
                 if size := self.batcher.step():
                     self._on_batch(size)
             except Exception as error:
-                log.exception("a denoising step failed")
+                log.exception("a step failed")
                 self.batcher.abandon(error)
         self.batcher.abandon(Unavailable(STOPPING))

@@ -206,5 +206,5 @@ def test_a_folder_is_taken_as_it_is(tmp_path: Path) -> None:
 
 
 def test_an_autoencoder_has_no_parts() -> None:
-    with pytest.raises(WeightsError, match="expected text-to-image"):
+    with pytest.raises(WeightsError, match="expected a Sana"):
         resolve_parts("smollm2-l6")

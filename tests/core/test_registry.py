@@ -8,7 +8,7 @@ from gesso_core.registry import MODELS, ModelEntry, find
 from gesso_core.sampling import SAMPLERS
 from gesso_core.sampling.aspect_ratio import aspect_table
 
-TEXT_TO_IMAGE = [entry for entry in MODELS.values() if entry.task == "text-to-image"]
+SANAS = [entry for entry in MODELS.values() if entry.family == "sana"]
 
 
 def by_name(entry: ModelEntry) -> str:
@@ -22,7 +22,8 @@ def test_every_published_and_every_shipped_model_is_there() -> None:
     families += ["f128c512-mix", "f32c32-sana"]
     names = {f"sana-{name}" for name in sana} | {f"dc-ae-{name}-1.0" for name in families}
     names |= {"dc-ae-f32c32-sana-1.1", "gemma-2-2b-it"}
-    names |= {"sana-tiny", "dcae-tiny", "smollm2-l6"}
+    names |= {"hart-0.7b-1024", "vila-u-7b-256", "vila-u-7b-384", "qwen2-vl-1.5b-instruct"}
+    names |= {"sana-tiny", "dcae-tiny", "smollm2-l6", "hart-tiny", "vilau-tiny"}
     assert names <= MODELS.keys()
 
 
@@ -33,8 +34,8 @@ def test_an_entry_is_shipped_or_has_a_repository(entry: ModelEntry) -> None:
     assert entry.summary
 
 
-@pytest.mark.parametrize("entry", TEXT_TO_IMAGE, ids=by_name)
-def test_a_text_to_image_model_fits_its_parts(entry: ModelEntry) -> None:
+@pytest.mark.parametrize("entry", SANAS, ids=by_name)
+def test_a_sana_fits_its_parts(entry: ModelEntry) -> None:
     config = SANA_CONFIGS[entry.config]
     autoencoder = DC_AE_CONFIGS[MODELS[entry.autoencoder].config]
     assert MODELS[entry.text_encoder].task == "text-encoder"
@@ -47,8 +48,8 @@ def test_a_text_to_image_model_fits_its_parts(entry: ModelEntry) -> None:
         assert aspect_table(entry.aspect_bins)
 
 
-def test_every_autoencoder_has_a_configuration() -> None:
-    autoencoders = [entry for entry in MODELS.values() if entry.task == "autoencoder"]
+def test_every_dc_ae_has_a_configuration() -> None:
+    autoencoders = [entry for entry in MODELS.values() if entry.family == "dc-ae"]
     assert {entry.config for entry in autoencoders} == DC_AE_CONFIGS.keys()
 
 

@@ -110,8 +110,8 @@ def _knowledge(base: ModelEntry, transformer: Path) -> Path:
 
 
 def _companions(entry: ModelEntry) -> tuple[str, str]:
-    if entry.task != "text-to-image":
-        raise WeightsError(f"{entry.name} is a {entry.task} model, expected text-to-image")
+    if entry.family != "sana":
+        raise WeightsError(f"{entry.name} is a {entry.family} model, expected a Sana")
     return entry.autoencoder, entry.text_encoder
 
 

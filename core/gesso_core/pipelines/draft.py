@@ -8,6 +8,7 @@ from torch import Tensor
 from gesso_core.lora.stack import LoraStack, StackKey
 from gesso_core.models.sana import TextContext
 from gesso_core.pipelines.recipe import Guidance, Recipe
+from gesso_core.pipelines.step_batcher import Failure
 from gesso_core.sampling import Sampler, SamplerState
 
 
@@ -46,7 +47,7 @@ class Draft:
         return GroupKey(self.recipe.latent_shape, self.recipe.guidance, loras)
 
     @property
-    def pixels(self) -> int:
+    def cost(self) -> int:
         """Pixels of the picture as the model draws it."""
         return self.recipe.pixels
 
@@ -64,3 +65,18 @@ class Draft:
     def result(self) -> Tensor:
         """The final latent (C, h, w), in the scale of the diffusion model."""
         return self.state.result
+
+    def describe_failure(self, failure: Failure) -> str:
+        """What a person can do about a step that failed."""
+        recipe = self.recipe
+        if failure == "out of memory":
+            height, width = recipe.model_size
+            return (
+                f"one denoising step at {width}x{height} does not fit into memory even alone; "
+                "ask for a smaller size or a smaller model"
+            )
+        return (
+            f"the latent became NaN or infinite at step {self.steps_done} of {recipe.steps} "
+            f"({recipe.sampler}); try another seed or a lower guidance scale, and check that the "
+            "weights run in the precision they were made for"
+        )

@@ -176,7 +176,8 @@ def _entry(
     size = sana.sample_size * dc_ae.spatial_compression_ratio
     entry = ModelEntry(
         name=name or name_or_folder.name,
-        task="text-to-image",
+        family="sana",
+        tasks=("text-to-image",),
         summary=f"from {name_or_folder}",
         native_size=size,
         aspect_bins=size if _has_table(size) else None,

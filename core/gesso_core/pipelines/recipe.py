@@ -28,7 +28,11 @@ MAX_LORA_STRENGTH = 4.0
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
-    """A picture wanted. Sides in pixels; what is None takes the model's default."""
+    """A picture wanted. Sides in pixels; what is None takes the model's default.
+
+    The last three are for models that draw tokens: ``top_k`` and ``top_p`` filter each draw, and
+    ``keep`` is how many steps of a given picture (scales, or rows) stay as they are.
+    """
 
     prompt: str
     width: int
@@ -39,6 +43,9 @@ class GenerationRequest:
     guidance_scale: float | None = None
     sampler: str | None = None
     loras: tuple[LoraUse, ...] = ()
+    top_k: int | None = None
+    top_p: float | None = None
+    keep: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +91,7 @@ def make_recipe(
     """The recipe of a request; InvalidRequest names the first field that this model refuses."""
     if not request.prompt.strip():
         raise InvalidRequest("the prompt is empty; say what to paint", field="prompt")
+    _refuse_token_options(request, entry)
     sampler = _sampler(request, entry, guidance_embedding)
     guidance_scale = _guidance_scale(request, entry)
     if guidance_embedding and request.negative_prompt:
@@ -147,6 +155,15 @@ def _check_size(entry: ModelEntry, height: int, width: int) -> None:
             f"pixels; ask for at most {most}x{most} or as many pixels in other proportions",
             field=field,
         )
+
+
+def _refuse_token_options(request: GenerationRequest, entry: ModelEntry) -> None:
+    for field in ("top_k", "top_p", "keep"):
+        if getattr(request, field) is not None:
+            raise InvalidRequest(
+                f"{entry.name} draws no tokens, so {field} means nothing to it; leave it out",
+                field=field,
+            )
 
 
 def _sampler(request: GenerationRequest, entry: ModelEntry, guidance_embedding: bool) -> str:

@@ -1,9 +1,10 @@
-"""Continuous batching by denoising steps.
+"""Continuous batching by steps: denoising steps, scales, rows of tokens, words of an answer.
 
-Pictures of one latent shape share a forward of the network whatever their timestep; they enter and
-leave between steps. The batcher only decides who goes next: the numbers of a picture live in its
-immutable `Draft`, so a failed forward leaves every picture where it was and can be tried again in
-halves, until the one that is to blame stands alone.
+Drafts of one group share a forward of the network; they enter and leave between steps. Pictures of
+a diffusion model are of one group when their latents have one shape, whatever their timestep. The
+batcher only decides who goes next: the numbers of a draft live in its immutable `StepDraft`, so a
+failed forward leaves every one where it was and can be tried again in halves, until the one that is
+to blame stands alone.
 
 Order: the group that was served longest ago goes first (a group that was never served counts from
 its oldest arrival), and inside a group the first that came. So a lone picture of a rare size gets
@@ -12,56 +13,92 @@ one step in every round, however many of another size wait.
 
 import itertools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from gesso_core.errors import Cancelled, NumericalError, OutOfMemory
-from gesso_core.pipelines.draft import Draft, GroupKey
 from gesso_core.pipelines.memory import is_out_of_memory, release
 
+Failure = Literal["out of memory", "not finite"]
 
-class Advances(Protocol):
-    """What the batcher needs of a denoiser."""
 
-    def advance(self, drafts: Sequence[Draft]) -> list[Draft]:
-        """One denoising step of every draft, in one forward of the network."""
+class StepDraft(Protocol):
+    """The state of one piece of work between two steps, in one immutable value."""
+
+    @property
+    def group(self) -> Hashable:
+        """Drafts of one model with equal groups can share a forward."""
+        ...
+
+    @property
+    def cost(self) -> int:
+        """What it adds to a batch, in the unit of the batcher's limit (pixels)."""
+        ...
+
+    @property
+    def steps_done(self) -> int:
+        """Completed steps."""
+        ...
+
+    @property
+    def done(self) -> bool:
+        """Whether no step is left."""
+        ...
+
+    @property
+    def finite(self) -> bool:
+        """Whether the last step gave finite numbers."""
+        ...
+
+    def describe_failure(self, failure: Failure) -> str:
+        """What happened to this draft and what a person can do, as a message."""
         ...
 
 
-OnStep = Callable[[Draft], None]
-Group = tuple[int, GroupKey]  # the denoiser, and what its drafts must have in common
+D = TypeVar("D", bound=StepDraft)
+
+
+class Advances(Protocol[D]):
+    """What the batcher needs of a model."""
+
+    def advance(self, drafts: Sequence[D]) -> list[D]:
+        """One step of every draft, in one forward of the network."""
+        ...
+
+
+Group = tuple[int, Hashable]  # the model, and what its drafts must have in common
 
 
 @dataclass(eq=False)
-class Ticket:
-    """A picture's place in the batcher. ``outcome`` gets the finished draft or the error."""
+class Ticket(Generic[D]):
+    """A draft's place in the batcher. ``outcome`` gets the finished draft or the error."""
 
     id: str
-    denoiser: Advances
-    draft: Draft
-    on_step: OnStep | None
+    model: Advances[D]
+    draft: D
+    on_step: Callable[[D], None] | None
     is_withdrawn: Callable[[], bool]
     arrived: int
-    outcome: Future[Draft] = field(default_factory=Future)
+    outcome: Future[D] = field(default_factory=Future)
 
     @property
     def group(self) -> Group:
         """Tickets with equal groups can share a forward."""
-        return id(self.denoiser), self.draft.group
+        return id(self.model), self.draft.group
 
 
 class StepBatcher:
     """Tickets that advance together. ``add`` from any thread, ``step`` from one.
 
-    ``max_batch_pixels`` bounds the pixels of the pictures in one forward (both rows of classifier-
-    free guidance count once); a picture larger than that goes alone.
+    ``max_batch_pixels`` bounds the cost of the drafts in one forward (both rows of classifier-free
+    guidance count once); one that costs more than that goes alone.
     """
 
     def __init__(self, *, max_batch_pixels: int = 4 * 1024 * 1024) -> None:
         self.max_batch_pixels = max_batch_pixels
-        self._tickets: list[Ticket] = []
+        self._tickets: list[Ticket[Any]] = []
         self._served: dict[Group, int] = {}
         self._fits: dict[Group, int] = {}
         self._clock = itertools.count()
@@ -72,27 +109,27 @@ class StepBatcher:
 
     def add(
         self,
-        denoiser: Advances,
-        draft: Draft,
+        model: Advances[D],
+        draft: D,
         *,
         ticket_id: str = "",
-        on_step: OnStep | None = None,
+        on_step: Callable[[D], None] | None = None,
         is_withdrawn: Callable[[], bool] = lambda: False,
-    ) -> Ticket:
-        """Let a picture in; it takes part from the next step on.
+    ) -> Ticket[D]:
+        """Let a draft in; it takes part from the next step on.
 
         ``on_step`` gets the draft after every step, in the thread of ``step``; what it raises ends
-        this picture alone. ``is_withdrawn`` is asked before every step; when it says so, the
-        picture ends with `Cancelled` and its place is free.
+        this draft alone. ``is_withdrawn`` is asked before every step; when it says so, the draft
+        ends with `Cancelled` and its place is free.
         """
         with self._lock:
-            ticket = Ticket(ticket_id, denoiser, draft, on_step, is_withdrawn, next(self._clock))
+            ticket = Ticket(ticket_id, model, draft, on_step, is_withdrawn, next(self._clock))
             ticket.outcome.set_running_or_notify_cancel()
             self._tickets.append(ticket)
         return ticket
 
     def step(self) -> int:
-        """Advance one group by one step; how many pictures were in it, 0 when nobody is here."""
+        """Advance one group by one step; how many drafts were in it, 0 when nobody is here."""
         self._retire_withdrawn()
         tickets = self._next_group()
         if tickets:
@@ -101,14 +138,14 @@ class StepBatcher:
         return len(tickets)
 
     def abandon(self, error: Exception) -> None:
-        """End every picture with ``error``; for whoever runs the steps and cannot go on."""
+        """End every draft with ``error``; for whoever runs the steps and cannot go on."""
         with self._lock:
             tickets = list(self._tickets)
         for ticket in tickets:
             self._retire(ticket, error)
 
-    def _next_group(self) -> list[Ticket]:
-        groups: dict[Group, list[Ticket]] = {}
+    def _next_group(self) -> list[Ticket[Any]]:
+        groups: dict[Group, list[Ticket[Any]]] = {}
         with self._lock:
             for ticket in self._tickets:  # in the order of arrival
                 groups.setdefault(ticket.group, []).append(ticket)
@@ -117,14 +154,14 @@ class StepBatcher:
         if not groups:
             return []
         group = min(groups, key=lambda key: self._served.get(key, groups[key][0].arrived))
-        most = max(1, self.max_batch_pixels // groups[group][0].draft.pixels)
+        most = max(1, self.max_batch_pixels // groups[group][0].draft.cost)
         return groups[group][: min(most, self._fits.get(group, most))]
 
-    def _advance(self, tickets: Sequence[Ticket]) -> None:
+    def _advance(self, tickets: Sequence[Ticket[Any]]) -> None:
         """One forward; on any failure the two halves try again, and one alone keeps its error."""
         failure: Exception | None = None
         try:
-            drafts = tickets[0].denoiser.advance([ticket.draft for ticket in tickets])
+            drafts = tickets[0].model.advance([ticket.draft for ticket in tickets])
         except Exception as error:
             failure = error.with_traceback(None)  # the frames would keep the tensors alive
         if failure is None:
@@ -140,10 +177,10 @@ class StepBatcher:
             self._advance(tickets[:half])
             self._advance(tickets[half:])
 
-    def _settle(self, ticket: Ticket, draft: Draft) -> None:
+    def _settle(self, ticket: Ticket[Any], draft: StepDraft) -> None:
         ticket.draft = draft
         if not draft.finite:
-            self._retire(ticket, _not_finite(draft))
+            self._retire(ticket, NumericalError(draft.describe_failure("not finite")))
             return
         try:
             if ticket.on_step is not None:
@@ -160,7 +197,7 @@ class StepBatcher:
         for ticket in withdrawn:
             self._retire(ticket, Cancelled(ticket.id, after=ticket.draft.steps_done))
 
-    def _retire(self, ticket: Ticket, error: Exception | None = None) -> None:
+    def _retire(self, ticket: Ticket[Any], error: Exception | None = None) -> None:
         with self._lock:
             self._tickets.remove(ticket)
         if error is None:
@@ -169,19 +206,7 @@ class StepBatcher:
             ticket.outcome.set_exception(error)
 
 
-def _as_user_error(error: Exception, draft: Draft) -> Exception:
-    if not is_out_of_memory(error):
-        return error
-    height, width = draft.recipe.model_size
-    return OutOfMemory(
-        f"one denoising step at {width}x{height} does not fit into memory even alone; "
-        "ask for a smaller size or a smaller model"
-    )
-
-
-def _not_finite(draft: Draft) -> NumericalError:
-    return NumericalError(
-        f"the latent became NaN or infinite at step {draft.steps_done} of {draft.recipe.steps} "
-        f"({draft.recipe.sampler}); try another seed or a lower guidance scale, and check that the "
-        "weights run in the precision they were made for"
+def _as_user_error(error: Exception, draft: StepDraft) -> Exception:
+    return (
+        OutOfMemory(draft.describe_failure("out of memory")) if is_out_of_memory(error) else error
     )

@@ -22,7 +22,7 @@ from gesso_core.pipelines.load import load_denoiser, load_its_autoencoder
 from gesso_core.pipelines.pictures import Pixels
 from gesso_core.pipelines.provenance import Provenance, provenance_of
 from gesso_core.pipelines.recipe import GenerationRequest
-from gesso_core.pipelines.step_batcher import OnStep, StepBatcher, Ticket
+from gesso_core.pipelines.step_batcher import StepBatcher, Ticket
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -104,7 +104,9 @@ class TextToImage:
             self.denoiser.unscaled(latent), height=recipe.height, width=recipe.width
         )
 
-    def _told(self, request: int, tell: Callable[[PictureStep], None] | None) -> OnStep | None:
+    def _told(
+        self, request: int, tell: Callable[[PictureStep], None] | None
+    ) -> Callable[[Draft], None] | None:
         if tell is None:
             return None
         return lambda draft: tell(
@@ -119,7 +121,7 @@ class TextToImage:
         )
 
 
-def _raise_failure(tickets: Sequence[Ticket]) -> None:
+def _raise_failure(tickets: Sequence[Ticket[Draft]]) -> None:
     for ticket in tickets:
         if ticket.outcome.done():
             ticket.outcome.result()

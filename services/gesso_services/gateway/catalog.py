@@ -65,7 +65,7 @@ class Catalog:
 
     def _of_folder(self, name: str, task: Task) -> ModelEntry:
         """A service may serve a folder under a name of its own, which no registry knows."""
-        entry = ModelEntry(name=name, task=task, summary="")
+        entry = ModelEntry(name=name, family="sana", tasks=(task,), summary="")
         in_use = self._in_use.get(name)
         return entry if in_use is None else replace(entry, native_size=in_use.native_size)
 

@@ -8,7 +8,7 @@ from contextlib import aclosing
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Request, Response
-from gesso_contracts import ImageReady, JobPreview, JobProgress, JobStateChanged
+from gesso_contracts import ImageReady, JobPreview, JobProgress, JobStateChanged, JobText
 from gesso_contracts.base import JobId
 from gesso_core.errors import GessoError
 
@@ -197,8 +197,9 @@ class _Scribe:
         """One event for one event: previews, finished pictures, and progress for all else."""
         if isinstance(event, JobPreview):
             return self._partial(index, event)
-        at = event if isinstance(event, JobProgress) else event.state
-        self._steps[index] = (at.step, at.total_steps, at.progress)
+        if not isinstance(event, JobText):
+            at = event if isinstance(event, JobProgress) else event.state
+            self._steps[index] = (at.step, at.total_steps, at.progress)
         if isinstance(event, JobStateChanged) and event.state.status == "succeeded":
             return await self._completed(index, painting.result_of(event.state))
         return self._say("progress", index)

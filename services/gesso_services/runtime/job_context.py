@@ -1,7 +1,8 @@
-"""What a handler gets to talk about its job: progress, previews and withdrawal.
+"""What a handler gets to talk about its job: progress, previews, words and withdrawal.
 
-``report`` and ``preview`` may be called from any thread, return at once and never wait for a slow
-subscriber. Progress and cancellation are one call: ``report`` raises when the job was withdrawn.
+``report``, ``preview`` and ``say`` may be called from any thread, return at once and never wait
+for a slow subscriber. Progress and cancellation are one call: ``report`` raises when the job was
+withdrawn.
 """
 
 import asyncio
@@ -11,10 +12,10 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 
 from gesso_contracts import limits
-from gesso_contracts.jobs import JobPreview, JobProgress
+from gesso_contracts.jobs import JobPreview, JobProgress, JobText
 from gesso_core.errors import Cancelled
 
-JobNote = JobProgress | JobPreview
+JobNote = JobProgress | JobPreview | JobText
 Publish = Callable[[JobNote], Awaitable[None]]
 
 NOTES_KEPT = 64
@@ -63,6 +64,12 @@ class JobContext:
         self._next_preview = time.monotonic() + self._preview_gap_s
         self._note(JobPreview(job_id=self.id, step=step, image=image, media_type=media_type))
         return True
+
+    def say(self, text: str) -> None:
+        """The answer so far, from its beginning. Raises ``Cancelled`` when withdrawn."""
+        if self._withdrawn.is_set():
+            raise Cancelled(self.id, after=self.step)
+        self._note(JobText(job_id=self.id, text=text))
 
     async def wait_cancelled(self) -> None:
         """Return when the job is withdrawn."""

@@ -11,21 +11,22 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from gesso_contracts import ContractError, decode, subjects
-from gesso_contracts.jobs import JobPreview, JobProgress, JobState, JobStateChanged
+from gesso_contracts.jobs import JobPreview, JobProgress, JobState, JobStateChanged, JobText
 from gesso_core.errors import Unavailable
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 
 from gesso_services.runtime.jobs import JobStore
 
-Event = JobProgress | JobPreview | JobStateChanged
+Event = JobProgress | JobPreview | JobText | JobStateChanged
 
 LOOK_EVERY_S = 2.0
 EVENTS_KEPT = 64
 
-_TYPES: dict[str, type[JobProgress] | type[JobPreview] | type[JobStateChanged]] = {
+_TYPES: dict[str, type[JobProgress] | type[JobPreview] | type[JobText] | type[JobStateChanged]] = {
     "progress": JobProgress,
     "preview": JobPreview,
+    "text": JobText,
     "state": JobStateChanged,
 }
 

@@ -1,11 +1,11 @@
-"""Telling about running jobs: progress and previews to whoever listens, progress into the book."""
+"""Telling about running jobs: all of it to whoever listens, the progress into the book as well."""
 
 import contextlib
 import time
 from collections.abc import Callable
 
 from gesso_contracts import encode, subjects
-from gesso_contracts.jobs import JobPreview, JobState
+from gesso_contracts.jobs import JobProgress, JobState
 from gesso_core.errors import NotFound, Unavailable
 from nats.errors import Error as NatsError
 
@@ -29,10 +29,9 @@ class Notes:
         if not bus.is_connected:
             return
         data, header = encode(note)
-        what: subjects.EventName = "preview" if isinstance(note, JobPreview) else "progress"
         with contextlib.suppress(NatsError):
-            await bus.nc.publish(subjects.event(note.job_id, what), data, headers=header)
-        if not isinstance(note, JobPreview):
+            await bus.nc.publish(subjects.event(note.job_id, note.event), data, headers=header)
+        if isinstance(note, JobProgress):
             await self._save(note.job_id, note.step, note.total_steps)
 
     async def _save(self, job_id: str, step: int, total_steps: int) -> None:
