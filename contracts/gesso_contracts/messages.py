@@ -196,6 +196,10 @@ class ModelInUse(Message):
     )
     weight_bytes: int = Field(ge=0)
     native_size: int = Field(ge=1, description="pixels along one side of what it draws best")
+    tasks: list[Token] = Field(
+        default_factory=list, max_length=16, description="what it can do, the main one first"
+    )
+    steps: int | None = Field(default=None, ge=1, description="in how many it draws by default")
 
 
 class ServiceReady(Message):

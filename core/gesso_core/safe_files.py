@@ -6,7 +6,7 @@ And writing tensors, so that nobody ever opens half a file.
 import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Final
 
@@ -113,12 +113,16 @@ def _header(path: Path, file: BinaryIO, size: int) -> dict[str, Any]:
     return dict(header)
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file, exactly as stored; raises like `read_header`."""
+def read_tensors(path: Path, skip: Collection[str] = ()) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file, exactly as stored; raises like `read_header`.
+
+    Those named in ``skip`` are not even read.
+    """
     read_header(path)
     try:
         with safe_open(path, framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            names = [name for name in opened.keys() if name not in skip]  # noqa: SIM118
+            return {name: opened.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
         raise WeightsError(_broken(path, str(error))) from error
 

@@ -7,15 +7,19 @@
 Every failure is an :class:`ApiError` (the server said no, and why) or a :class:`NotReachable`.
 """
 
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, Self
 
 import httpx2
 from gesso_contracts import JobEvent, JobState
+from gesso_core.errors import GessoError
 
+from gesso_services import client_talk as talk
 from gesso_services import client_wire as wire
+from gesso_services.client_async import AsyncGesso
+from gesso_services.client_talk import Answer, OnText, Video
 from gesso_services.client_wire import (
     DEFAULT_URL,
     ApiError,
@@ -29,6 +33,7 @@ from gesso_services.client_wire import (
 
 __all__ = [
     "DEFAULT_URL",
+    "Answer",
     "ApiError",
     "AsyncGesso",
     "Gesso",
@@ -36,6 +41,7 @@ __all__ = [
     "Picture",
     "Progress",
     "Reconstruction",
+    "Video",
 ]
 
 
@@ -67,8 +73,8 @@ class Gesso:
     ) -> list[Picture]:
         """Paint ``prompt``. ``options`` are the fields of ``POST /v1/images/generations``: model,
         n, size, seed, steps, guidance_scale, negative_prompt, sampler, output_format,
-        partial_images and loras, ``{"ink": 0.8}`` for one at a strength. Leaving the call early (an
-        exception in ``on_progress``) withdraws the jobs.
+        partial_images, top_k, top_p, best_of with judge, and loras, ``{"ink": 0.8}`` for one at a
+        strength. Leaving the call early (an exception in ``on_progress``) withdraws the jobs.
         """
         pictures: dict[int, Picture] = {}
         body = wire.generation(prompt, options)
@@ -76,6 +82,66 @@ class Gesso:
             for event in events:
                 wire.take(event, pictures, on_progress)
         return wire.complete(pictures, body)
+
+    def vary(
+        self,
+        image: bytes,
+        prompt: str | None = None,
+        *,
+        on_progress: OnProgress | None = None,
+        **options: Any,
+    ) -> list[Picture]:
+        """Paint from a picture (PNG, JPEG or WebP bytes): its first ``keep`` scales or rows stay.
+        ``options`` are the fields of ``POST /v1/images/variations``.
+        """
+        pictures: dict[int, Picture] = {}
+        form = wire.variation(image, prompt, options)
+        with self._stream("POST", "/v1/images/variations", **form) as events:
+            for event in events:
+                wire.take(event, pictures, on_progress)
+        return wire.complete(pictures, options)
+
+    def video(self, prompt: str, *, on_progress: OnProgress | None = None, **options: Any) -> Video:
+        """Make a short video. ``options`` are the fields of ``POST /v1/videos``: model, seed, fps,
+        output_format, guidance_scale. Leaving the call early withdraws the job.
+        """
+        begun = self._json("POST", talk.VIDEOS, json=talk.video_request(prompt, options))
+        try:
+            for event in self.watch(begun["id"]):
+                talk.tell(event, on_progress)
+        except BaseException:
+            with suppress(GessoError):
+                self.cancel(begun["id"])
+            raise
+        data = self.result(begun["id"])
+        return talk.video(self._json("GET", f"{talk.VIDEOS}/{begun['id']}"), data)
+
+    def ask(
+        self, question: str, *shown: bytes, on_text: OnText | None = None, **options: Any
+    ) -> Answer:
+        """Ask about pictures and videos, given as the bytes of their files, or about nothing that
+        can be seen. ``options`` are fields of ``POST /v1/chat/completions``: model, max_tokens,
+        temperature, top_p, seed, stop. ``on_text`` gets the words as they come.
+        """
+        listener = talk.Listener(on_text)
+        body = talk.conversation(talk.question(question, shown), options)
+        with self._stream("POST", talk.CHAT, json=body) as chunks:
+            for chunk in chunks:
+                listener.take(chunk)
+        return listener.answer()
+
+    def chat(self, messages: Sequence[Json], **options: Any) -> Iterator[str]:
+        """Answer a conversation in OpenAI's messages, piece by piece."""
+        body = talk.conversation(messages, options)
+        with self._stream("POST", talk.CHAT, json=body) as chunks:
+            for chunk in chunks:
+                if new := talk.words(chunk):
+                    yield new
+
+    def judge(self, prompt: str, *images: bytes, model: str | None = None) -> list[float]:
+        """How probable it is that each picture shows ``prompt``."""
+        body = talk.judgement(prompt, images, model)
+        return list(self._json("POST", talk.JUDGEMENTS, json=body)["scores"])
 
     def reconstruct(
         self, image: bytes, *, model: str | None = None, output_format: str = "png"
@@ -122,7 +188,7 @@ class Gesso:
                 yield wire.event(event)
 
     def result(self, job_id: str) -> bytes:
-        """The picture of a job that succeeded."""
+        """What a job made that succeeded: the file of a picture or video, or JSON."""
         with wire.reachable(self._http.base_url):
             answer = self._http.get(f"/v1/jobs/{wire.segment(job_id)}/result")
         wire.raise_for_status(answer)
@@ -144,96 +210,5 @@ class Gesso:
             yield (
                 wire.checked(event.data)
                 for event in httpx2.EventSource(answer, wire.MAX_EVENT_BYTES)
+                if event.data != wire.DONE
             )
-
-
-class AsyncGesso:
-    """The same for asyncio; see :class:`Gesso` for what each call does."""
-
-    def __init__(
-        self, base_url: str = DEFAULT_URL, api_key: str | None = None, *, timeout: float = 600.0
-    ) -> None:
-        self._http = httpx2.AsyncClient(**wire.options(base_url, api_key, timeout))
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self.close()
-
-    async def close(self) -> None:
-        """Close the connections."""
-        await self._http.aclose()
-
-    async def generate(
-        self, prompt: str, *, on_progress: OnProgress | None = None, **options: Any
-    ) -> list[Picture]:
-        """Paint ``prompt``; cancelling the task withdraws the jobs."""
-        pictures: dict[int, Picture] = {}
-        body = wire.generation(prompt, options)
-        async with self._stream("POST", "/v1/images/generations", json=body) as events:
-            async for event in events:
-                wire.take(event, pictures, on_progress)
-        return wire.complete(pictures, body)
-
-    async def reconstruct(
-        self, image: bytes, *, model: str | None = None, output_format: str = "png"
-    ) -> Reconstruction:
-        """Send a picture through the autoencoder and back."""
-        upload = wire.upload(image, model, output_format)
-        return wire.reconstruction(await self._json("POST", "/v1/images/reconstructions", **upload))
-
-    async def models(self) -> list[Json]:
-        """What the server can paint and encode with."""
-        return list((await self._json("GET", "/v1/models"))["data"])
-
-    async def submit(self, job_id: str, request: Json, *, kind: str = "generate-image") -> JobState:
-        """Put a job in the queue; the same id again is the same job."""
-        body = {"kind": kind, "request": request}
-        return JobState.model_validate(
-            await self._json("PUT", f"/v1/jobs/{wire.segment(job_id)}", json=body)
-        )
-
-    async def job(self, job_id: str) -> JobState:
-        """What is known about a job."""
-        return JobState.model_validate(await self._json("GET", f"/v1/jobs/{wire.segment(job_id)}"))
-
-    async def cancel(self, job_id: str) -> JobState:
-        """Withdraw a job; a running one stops at its next step."""
-        return JobState.model_validate(
-            await self._json("DELETE", f"/v1/jobs/{wire.segment(job_id)}")
-        )
-
-    async def watch(self, job_id: str) -> AsyncIterator[JobEvent]:
-        """The state now, then everything that happens, until the job is final."""
-        async with self._stream("GET", f"/v1/jobs/{wire.segment(job_id)}/events") as events:
-            async for event in events:
-                yield wire.event(event)
-
-    async def result(self, job_id: str) -> bytes:
-        """The picture of a job that succeeded."""
-        with wire.reachable(self._http.base_url):
-            answer = await self._http.get(f"/v1/jobs/{wire.segment(job_id)}/result")
-        wire.raise_for_status(answer)
-        return answer.content
-
-    async def _json(self, method: str, path: str, **options: Any) -> Json:
-        with wire.reachable(self._http.base_url):
-            return wire.as_json(await self._http.request(method, path, **options))
-
-    @asynccontextmanager
-    async def _stream(
-        self, method: str, path: str, **options: Any
-    ) -> AsyncIterator[AsyncIterator[Json]]:
-        with wire.reachable(self._http.base_url):
-            async with self._http.stream(method, path, **options) as answer:
-                if answer.is_error:
-                    await answer.aread()
-                wire.raise_for_status(answer)
-                source = httpx2.EventSource(answer, wire.MAX_EVENT_BYTES)
-                yield (wire.checked(event.data) async for event in source)

@@ -17,6 +17,7 @@ from pydantic import TypeAdapter
 
 DEFAULT_URL = "http://127.0.0.1:8080"
 MAX_EVENT_BYTES = 128 * MIB
+DONE = "[DONE]"  # how a stream of words ends
 _EVENT: TypeAdapter[JobEvent] = TypeAdapter(JobEvent)
 Json = dict[str, Any]
 
@@ -37,13 +38,14 @@ class NotReachable(Unavailable):
 
 @dataclass(frozen=True)
 class Picture:
-    """A finished picture; ``metadata`` says what made it."""
+    """A finished picture; ``metadata`` says what made it, ``score`` what a judge says of it."""
 
     data: bytes = field(repr=False)
     output_format: str
     seed: int
     job_id: str
     metadata: Json = field(repr=False)
+    score: float | None = None
 
     def save(self, path: str | Path) -> Path:
         """Write the file and return where it is."""
@@ -94,6 +96,13 @@ def generation(prompt: str, wanted: Json) -> Json:
     return {"prompt": prompt, **given, "stream": True, "response_format": "b64_json"}
 
 
+def variation(image: bytes, prompt: str | None, wanted: Json) -> Json:
+    """The streaming request for variations of a picture, as a form."""
+    given = {"prompt": prompt, **wanted, "stream": "true", "response_format": "b64_json"}
+    fields = {name: str(value) for name, value in given.items() if value is not None}
+    return {"files": _file(image), "data": fields}
+
+
 def loras(wanted: str | Mapping[str, float] | Iterable[str | Json]) -> list[Json]:
     """LoRAs as the server takes them; one may be its name alone."""
     if isinstance(wanted, str):
@@ -104,15 +113,19 @@ def loras(wanted: str | Mapping[str, float] | Iterable[str | Json]) -> list[Json
 
 
 def take(event: Json, pictures: dict[int, Picture], on_progress: OnProgress | None) -> None:
-    """Sort one event of a generation: progress to the callback, a finished picture to its place."""
-    index = event.get("index", 0)
+    """Sort one event of a generation: progress to the callback, a finished picture to its place,
+    which is its rank where a judge has chosen.
+    """
+    index: int = event.get("index", 0)
     if event["type"] == "image_generation.completed":
-        pictures[index] = Picture(
+        place: int = event.get("rank", index)
+        pictures[place] = Picture(
             data=base64.b64decode(event["b64_json"]),
             output_format=event["output_format"],
             seed=event["seed"],
             job_id=event["job_id"],
             metadata=event["metadata"],
+            score=event.get("score"),
         )
     elif on_progress is not None:
         preview = base64.b64decode(event["b64_json"]) if "b64_json" in event else None
@@ -134,7 +147,7 @@ def complete(pictures: dict[int, Picture], body: Json) -> list[Picture]:
 def upload(image: bytes, model: str | None, output_format: str) -> Json:
     """A multipart upload of one picture."""
     fields = {"output_format": output_format} | ({"model": model} if model else {})
-    return {"files": {"image": ("image", image, "application/octet-stream")}, "data": fields}
+    return {"files": _file(image), "data": fields}
 
 
 def reconstruction(answer: Json) -> Reconstruction:
@@ -195,6 +208,10 @@ def raise_problem(status: int, body: Json) -> None:
     """Raise ApiError from an error body of the gateway."""
     sentence = body.get("detail") or f"the server answered {status} without an explanation"
     raise ApiError(status, body.get("code", "unknown"), sentence, field=body.get("field"))
+
+
+def _file(image: bytes) -> Json:
+    return {"image": ("image", image, "application/octet-stream")}
 
 
 @contextmanager

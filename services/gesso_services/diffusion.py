@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Literal, ParamSpec, TypeVar, cast
+from typing import Literal, ParamSpec, TypeVar
 
 import torch
 from gesso_contracts import SAFETENSORS, limits
@@ -30,8 +30,9 @@ from gesso_core.pipelines.tensor_bytes import pack_tensors
 from gesso_kernels.modes import Budget, Mode
 from pydantic import Field
 
-from gesso_services.painting import Painter
+from gesso_services.painting import Painter, Sketch
 from gesso_services.previews import Previews
+from gesso_services.provenance import in_use, provenance_message
 from gesso_services.runtime.job_context import JobContext
 from gesso_services.runtime.service import ServiceContext, ServiceSpec
 from gesso_services.runtime.settings import ServiceSettings
@@ -86,7 +87,7 @@ class DiffusionService:
 
     def in_use(self) -> dict[str, m.ModelInUse]:
         """How the loaded models compute, and what they take."""
-        return {name: _in_use(denoiser) for name, denoiser in self.models.items()}
+        return {name: in_use(d.entry, d.identity) for name, d in self.models.items()}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -134,14 +135,15 @@ class DiffusionService:
         recipe = denoiser.recipe(_wish(request))
         draft = await self._in_text_thread(denoiser.begin, recipe)
         finished = await self._denoised(denoiser, draft, request.preview_every, job)
-        decoded = await self.painter.picture(denoiser, finished, request.output_format, job)
-        provenance = await self._in_text_thread(_provenance, denoiser, finished)
+        sketch = _sketch(denoiser, finished, finished.result)
+        decoded = await self.painter.picture(sketch, request.output_format, job)
+        made = await self._in_text_thread(provenance_of, denoiser, finished)
         return m.ImageReady(
             image=await self._as_blob(decoded.image),
             width=decoded.width,
             height=decoded.height,
             seed=recipe.seed,
-            provenance=provenance,
+            provenance=provenance_message(made),
         )
 
     async def embed_text(self, request: m.EmbedText) -> m.TextEmbedded:
@@ -157,7 +159,11 @@ class DiffusionService:
         self, denoiser: Denoiser, draft: Draft, preview_every: int, job: JobContext
     ) -> Draft:
         """The finished draft; progress and previews are told on the way."""
-        paint = partial(self.painter.preview, denoiser)
+
+        async def paint(draft: Draft) -> bytes:
+            assert draft.denoised_CHW is not None  # previews follow a step
+            return await self.painter.preview(_sketch(denoiser, draft, draft.denoised_CHW))
+
         previews = Previews(paint, job, every=preview_every)
 
         def on_step(draft: Draft) -> None:
@@ -165,18 +171,9 @@ class DiffusionService:
             previews.offer(draft)
 
         assert self.steps is not None
-        deserted = False
-        ticket = self.steps.add(
-            denoiser,
-            draft,
-            job_id=job.id,
-            on_step=on_step,
-            is_withdrawn=lambda: job.cancelled or deserted,
-        )
         try:
-            return await asyncio.wrap_future(ticket.outcome)
+            return await self.steps.finish(denoiser, draft, job, on_step=on_step)
         finally:
-            deserted = True
             await previews.close()
 
     async def _as_blob(self, image: Payload) -> BlobRef:
@@ -202,7 +199,7 @@ class DiffusionService:
         )
 
     def _tell_of(self, name: str, context: ServiceContext) -> None:
-        about = _in_use(self.models[name])
+        about = in_use(self.models[name].entry, self.models[name].identity)
         context.metrics.model_loaded(name, about.quantization, about.weight_bytes)
         log.info(
             "%s is loaded: quantization %s, weights %.1f MB",
@@ -217,40 +214,23 @@ class DiffusionService:
         return self.models[name]
 
 
-def _in_use(denoiser: Denoiser) -> m.ModelInUse:
-    identity = denoiser.identity
-    return m.ModelInUse(
-        quantization=identity.quantization,
-        weight_bytes=identity.weight_bytes,
-        native_size=denoiser.entry.native_size,
+def _sketch(denoiser: Denoiser, draft: Draft, latent_CHW: torch.Tensor) -> Sketch:
+    return Sketch(
+        autoencoder=denoiser.autoencoder,
+        latent_CHW=denoiser.unscaled(latent_CHW),
+        height=draft.recipe.height,
+        width=draft.recipe.width,
     )
 
 
 def _wish(request: m.GenerateImage) -> GenerationRequest:
-    names = ("prompt", "negative_prompt", "width", "height", "seed", "steps", "sampler")
-    wished = {name: getattr(request, name) for name in (*names, "guidance_scale")}
+    names = (
+        *("prompt", "negative_prompt", "width", "height", "seed", "steps", "sampler"),
+        *("guidance_scale", "top_k", "top_p"),
+    )
+    wished = {name: getattr(request, name) for name in names}
     loras = tuple(LoraUse(name=use.name, strength=use.strength) for use in request.loras)
     return GenerationRequest(**wished, loras=loras)
-
-
-def _provenance(denoiser: Denoiser, draft: Draft) -> m.Provenance:
-    made = provenance_of(denoiser, draft)
-    return m.Provenance(
-        model=made.model,
-        revision=made.revision,
-        weights_sha256=made.weights_sha256,
-        sampler=cast("m.SamplerName", made.sampler),
-        steps=made.steps,
-        guidance_scale=made.guidance_scale,
-        quantization=made.quantization,
-        versions=dict(made.versions),
-        in_domain=made.in_domain,
-        suggestions=list(made.suggestions),
-        loras=[
-            m.LoraUsed(name=lora.name, strength=lora.strength, sha256=lora.sha256)
-            for lora in made.loras
-        ],
-    )
 
 
 def _embed(denoiser: Denoiser, prompts: Sequence[str]) -> tuple[bytes, str, tuple[int, ...]]:

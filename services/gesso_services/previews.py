@@ -3,23 +3,24 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from typing import Generic, Self
 
 from gesso_core.errors import GessoError
-from gesso_core.pipelines.draft import Draft
+from gesso_core.pipelines.step_batcher import D
 
 from gesso_services.runtime.job_context import JobContext
 
 log = logging.getLogger(__name__)
 
 
-class Previews:
+class Previews(Generic[D]):
     """Shows every ``every``-th step of ``job`` (0: none), as WebP bytes from ``paint``.
 
-    ``offer`` is called in the thread that denoises and returns at once.
+    ``offer`` is called in the thread that makes the steps and returns at once.
     """
 
     def __init__(
-        self, paint: Callable[[Draft], Awaitable[bytes]], job: JobContext, *, every: int
+        self, paint: Callable[[D], Awaitable[bytes]], job: JobContext, *, every: int
     ) -> None:
         self._paint = paint
         self._job = job
@@ -27,14 +28,20 @@ class Previews:
         self._loop = asyncio.get_running_loop()
         self._task: asyncio.Task[None] | None = None
         self._closed = False
-        self._busy = False  # set in the denoising thread, cleared in the loop
+        self._busy = False  # set in the thread of the steps, cleared in the loop
 
-    def offer(self, draft: Draft) -> None:
+    def offer(self, draft: D) -> None:
         """Show this draft if it is its turn and nothing else is being painted."""
         due = self._every > 0 and draft.steps_done % self._every == 0 and not draft.done
         if due and not self._busy and self._job.wants_preview:
             self._busy = True
             self._loop.call_soon_threadsafe(self._begin, draft)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
 
     async def close(self) -> None:
         """Drop what is still being painted."""
@@ -43,11 +50,11 @@ class Previews:
             self._task.cancel()
             await asyncio.wait({self._task})
 
-    def _begin(self, draft: Draft) -> None:
+    def _begin(self, draft: D) -> None:
         if not self._closed:
             self._task = self._loop.create_task(self._show(draft))
 
-    async def _show(self, draft: Draft) -> None:
+    async def _show(self, draft: D) -> None:
         try:
             self._job.preview(await self._paint(draft), draft.steps_done)
         except GessoError as error:

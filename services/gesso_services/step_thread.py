@@ -1,5 +1,6 @@
 """The one thread of a replica that runs its models: the step batcher, while anybody is in it."""
 
+import asyncio
 import logging
 import threading
 from collections.abc import Callable
@@ -7,6 +8,8 @@ from collections.abc import Callable
 import torch
 from gesso_core.errors import Unavailable
 from gesso_core.pipelines.step_batcher import Advances, D, StepBatcher, Ticket
+
+from gesso_services.runtime.job_context import JobContext
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +61,27 @@ class StepThread:
             )
             self._work.notify()
         return ticket
+
+    async def finish(
+        self, model: Advances[D], draft: D, job: JobContext, *, on_step: Callable[[D], None]
+    ) -> D:
+        """The finished draft of a job. `Cancelled` when the job is withdrawn.
+
+        A caller that is gone before the end takes its draft along. ``on_step`` gets the draft after
+        every step, in the thread of the steps.
+        """
+        deserted = False
+        ticket = self.add(
+            model,
+            draft,
+            job_id=job.id,
+            on_step=on_step,
+            is_withdrawn=lambda: job.cancelled or deserted,
+        )
+        try:
+            return await asyncio.wrap_future(ticket.outcome)
+        finally:
+            deserted = True
 
     def _run(self) -> None:
         torch.set_num_threads(self._threads)

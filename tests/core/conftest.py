@@ -1,9 +1,46 @@
-"""Fixtures of the core tests: a handful of made-up sprites."""
+"""Fixtures of the core tests: a handful of made-up sprites, and a VILA-U of random weights."""
+
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from gesso_core.models.vila_u.config import VilaUConfig
+from gesso_core.models.vila_u.depth_transformer import DepthConfig, DepthTransformer
+from gesso_core.models.vila_u.model import VilaU
+from gesso_core.models.vila_u.projector import Projector
+from gesso_core.models.vila_u.template import SHORT
+from gesso_core.models.vila_u.tower_config import DecoderConfig, EncoderConfig, TowerConfig
+from gesso_core.models.vila_u.vision_tower import VisionTower
+from gesso_core.pipelines.denoiser import Identity
+from gesso_core.pipelines.vila_u import VilaUPipeline
+from gesso_core.registry import find
 from gesso_core.train.concepts import Concept
 from gesso_core.train.sprites import SpriteSet
+from gesso_core.train.vila_u_tokenizer import build_tokenizer, load_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
+
+VILA_U_TOWER = TowerConfig(
+    encoder=EncoderConfig(
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=16,
+        patch_size=8,
+    ),
+    decoder=DecoderConfig(
+        z_channels=16,
+        resolution=16,
+        width=32,
+        multipliers=(1, 1, 1, 1),
+        blocks=0,
+        attention_resolutions=(),
+    ),
+    latent_shape=(2, 2, 32),
+    code_shape=(2, 2, 3),
+    codebook_size=20,
+)
 
 NAMES = ("disc", "square", "bar", "column", "frame", "corner")
 INK = (
@@ -52,4 +89,54 @@ def sprite_set() -> SpriteSet:
         concept_of_N=torch.tensor(concept_of),
         style_of_N=torch.tensor(style_of),
         concepts=concepts,
+    )
+
+
+@pytest.fixture(scope="session")
+def vila_u_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tokenizer of a few hundred entries."""
+    folder = tmp_path_factory.mktemp("vila-u") / "tokenizer"
+    words = "what is it? USER: ASSISTANT: a red disc on blue, describe the picture yes no"
+    build_tokenizer([words, "hello there, who are you", words], folder, entries=400)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vila_u(vila_u_tokenizer: Path) -> VilaUPipeline:
+    """A VILA-U of random weights: 16 px, 2x2 positions of 3 codes, videos of 2 frames."""
+    tokenizer = load_tokenizer(vila_u_tokenizer)
+    torch.manual_seed(5)
+    llama = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.3,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    tower = VisionTower(VILA_U_TOWER)
+    depth = DepthConfig(
+        depth=3, codebook=20, code_width=32, state_width=32, width=32, heads=2, layers=2
+    )
+    config = VilaUConfig(
+        tower=VILA_U_TOWER,
+        depth=depth,
+        vocabulary=len(tokenizer),
+        state_width=32,
+        context=128,
+        video_frames=2,
+        template=SHORT,
+    )
+    projector = Projector("mlp2x_gelu", 32, 32)
+    model = VilaU(config, tower, projector, DepthTransformer(depth), LlamaForCausalLM(llama))
+    entry = replace(find("vilau-tiny"), name="random", native_size=16, steps=2)
+    return VilaUPipeline(
+        entry=entry,
+        model=model.eval().requires_grad_(False),
+        tokenizer=tokenizer,
+        identity=Identity(revision="random", weights_sha256="0" * 64),
     )

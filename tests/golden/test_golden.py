@@ -4,11 +4,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import adapters_dc_ae
+import adapters_hart
+import adapters_hart_tokenizer
 import adapters_samplers
 import adapters_sana
 import adapters_svdquant_formats
 import adapters_svdquant_numerics
 import adapters_text
+import adapters_vila_u
+import adapters_vila_u_tower
 import pytest
 import torch
 from golden_case import Adapter, Case, load_case
@@ -16,11 +20,15 @@ from torch import Tensor
 
 ADAPTERS: dict[tuple[str, str], Adapter] = {
     **adapters_dc_ae.ADAPTERS,
+    **adapters_hart.ADAPTERS,
     **adapters_sana.ADAPTERS,
     **adapters_samplers.ADAPTERS,
     **adapters_svdquant_formats.ADAPTERS,
     **adapters_svdquant_numerics.ADAPTERS,
     **adapters_text.ADAPTERS,
+    **adapters_vila_u.ADAPTERS,
+    **adapters_vila_u_tower.ADAPTERS,
+    **adapters_hart_tokenizer.ADAPTERS,
 }
 # Kinds whose cases state another rule than "floats within a tolerance".
 COMPARISONS: dict[tuple[str, str], Callable[[str, Tensor, Tensor, Case], None]] = {

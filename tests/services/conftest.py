@@ -10,14 +10,16 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from gesso_services import autoencoder
 from gesso_services.runtime.connection import Bus
 from gesso_services.runtime.jobs import JobStore
 from gesso_services.runtime.nats_server import NatsServer
 from gesso_services.runtime.provision import provision
-from gesso_services.runtime.service import ServiceHost
+from gesso_services.runtime.service import ServiceHost, ServiceSpec
 from gesso_services.runtime.settings import JobSettings, Role
 
 TOY_FILE = Path(__file__).with_name("toy_service.py")
+TINY_FILE = Path(__file__).with_name("tiny_models.py")
 
 # Short enough for tests; the variables reach workers that run as processes of their own.
 SHORT_TIMES = {
@@ -87,14 +89,84 @@ async def store(gateway: Bus) -> JobStore:
 @pytest.fixture
 def toy() -> ModuleType:
     """The toy service: a diffusion service that adds numbers, one per step."""
-    if "toy_service" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("toy_service", TOY_FILE)
+    return module_of(TOY_FILE)
+
+
+@pytest.fixture
+async def start_service(
+    broker: NatsServer, job_settings: JobSettings
+) -> AsyncIterator[Callable[[ServiceSpec], Awaitable[ServiceHost]]]:
+    """Start a replica of a service in this process; stopped when the test is over."""
+    async with AsyncExitStack() as running:
+
+        async def start(spec: ServiceSpec) -> ServiceHost:
+            host = ServiceHost(spec, bus_settings=broker.bus_settings(), job_settings=job_settings)
+            running.push_async_callback(host.stop, 0.2)
+            await host.start()
+            return host
+
+        yield start
+
+
+@pytest.fixture(scope="session")
+def tiny_vila_u(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a VILA-U of random weights: 64 px, four rows, videos of two frames."""
+    folder: Path = module_of(TINY_FILE).write_vila_u(tmp_path_factory.mktemp("vila-u") / "tiny")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_hart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a HART of random weights: 64 px, four scales, with a decoder."""
+    folder: Path = module_of(TINY_FILE).write_hart(tmp_path_factory.mktemp("hart") / "tiny")
+    return folder
+
+
+@pytest.fixture
+def autoencoder_spec(tiny_pipeline: Path, tiny_hart: Path, tiny_vila_u: Path) -> ServiceSpec:
+    """The autoencoder service with what the small models' latents are decoded by."""
+    folders = {"tiny": tiny_pipeline, "scales": tiny_hart, "seer": tiny_vila_u}
+    settings = autoencoder.AutoencoderSettings.for_service(
+        "autoencoder", models=(), folders=folders
+    )
+    return autoencoder.build_service(settings)
+
+
+@pytest.fixture
+def autoregressive_spec(tiny_hart: Path, tiny_vila_u: Path) -> Callable[..., ServiceSpec]:
+    """The autoregressive service with a HART named ``scales`` and a VILA-U named ``seer``."""
+
+    from gesso_services import autoregressive
+
+    def build(**options: object) -> ServiceSpec:
+        given = {"models": (), "folders": {"scales": tiny_hart, "seer": tiny_vila_u}, **options}
+        settings = autoregressive.AutoregressiveSettings.for_service("autoregressive", **given)
+        return autoregressive.build_service(settings)
+
+    return build
+
+
+@pytest.fixture
+async def token_services(
+    start_service: Callable[[ServiceSpec], Awaitable[ServiceHost]],
+    autoencoder_spec: ServiceSpec,
+    autoregressive_spec: Callable[..., ServiceSpec],
+) -> ServiceHost:
+    """The autoencoder and the autoregressive service; the replica of the latter."""
+    await start_service(autoencoder_spec)
+    return await start_service(autoregressive_spec())
+
+
+def module_of(file: Path) -> ModuleType:
+    """A helper beside the tests, as a module."""
+    if file.stem not in sys.modules:
+        spec = importlib.util.spec_from_file_location(file.stem, file)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        sys.modules["toy_service"] = module
+        sys.modules[file.stem] = module
         spec.loader.exec_module(module)
-    return sys.modules["toy_service"]
+    return sys.modules[file.stem]
 
 
 @pytest.fixture

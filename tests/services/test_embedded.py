@@ -137,7 +137,7 @@ def test_joining_a_broker_that_is_not_there_is_a_sentence(
 
 
 def test_the_configuration_names_every_service() -> None:
-    assert [one.name for one in read_config()] == ["autoencoder", "diffusion"]
+    assert [one.name for one in read_config()] == ["autoencoder", "diffusion", "autoregressive"]
 
 
 def test_a_broken_configuration_is_a_sentence(tmp_path: Path) -> None:

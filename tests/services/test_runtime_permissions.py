@@ -18,7 +18,9 @@ Connect = Callable[[Role], Awaitable[Bus]]
 
 GATEWAY_MAY = [
     "gesso.v1.rpc.autoencoder.decode",
+    "gesso.v1.rpc.autoregressive.judge",
     "gesso.v1.job.diffusion.generate-image",
+    "gesso.v1.job.autoregressive.answer",
     "gesso.v1.ctl.diffusion.cancel",
     "$KV.jobs.x",
     "$SRV.PING",
@@ -46,6 +48,7 @@ DIFFUSION_MAY = [
 DIFFUSION_MAY_NOT = [
     "gesso.v1.job.diffusion.generate-image",
     "gesso.v1.ctl.diffusion.cancel",
+    "gesso.v1.rpc.autoregressive.judge",
     "gesso.v1.dlq.autoencoder",
     "$JS.API.CONSUMER.MSG.NEXT.JOBS.autoencoder",
     "$JS.ACK.JOBS.autoencoder.1",
@@ -64,11 +67,33 @@ AUTOENCODER_MAY_NOT = [
     "gesso.v1.dlq.diffusion",
     "$JS.API.CONSUMER.MSG.NEXT.JOBS.diffusion",
 ]
+AUTOREGRESSIVE_MAY = [
+    "gesso.v1.rpc.autoencoder.decode",
+    "gesso.v1.rpc.autoencoder.encode",
+    "gesso.v1.evt.job.x.text",
+    "gesso.v1.blob.x.0",
+    "gesso.v1.dlq.autoregressive",
+    "$KV.jobs.x",
+    "$JS.API.CONSUMER.MSG.NEXT.JOBS.autoregressive",
+    "$JS.ACK.JOBS.autoregressive.1",
+]
+AUTOREGRESSIVE_MAY_NOT = [
+    "gesso.v1.rpc.diffusion.embed-text",
+    "gesso.v1.job.autoregressive.answer",
+    "gesso.v1.ctl.autoregressive.cancel",
+    "gesso.v1.dlq.diffusion",
+    "$JS.API.CONSUMER.MSG.NEXT.JOBS.diffusion",
+    "$JS.ACK.JOBS.diffusion.1",
+    "$JS.API.STREAM.PURGE.BLOBS",
+    "$JS.API.STREAM.DELETE.JOBS",
+    "_INBOX_gateway.x",
+]
 
 PUBLISH = {
     "gateway": (GATEWAY_MAY, GATEWAY_MAY_NOT),
     "diffusion": (DIFFUSION_MAY, DIFFUSION_MAY_NOT),
     "autoencoder": (AUTOENCODER_MAY, AUTOENCODER_MAY_NOT),
+    "autoregressive": (AUTOREGRESSIVE_MAY, AUTOREGRESSIVE_MAY_NOT),
 }
 SUBSCRIBE = {
     "gateway": (
@@ -82,6 +107,10 @@ SUBSCRIBE = {
     "autoencoder": (
         ["gesso.v1.rpc.autoencoder.decode", "gesso.v1.ctl.autoencoder.cancel"],
         ["gesso.v1.rpc.diffusion.>", "_INBOX_diffusion.>", "gesso.v1.dlq.>"],
+    ),
+    "autoregressive": (
+        ["gesso.v1.rpc.autoregressive.judge", "gesso.v1.ctl.autoregressive.cancel", "$SRV.PING"],
+        ["gesso.v1.rpc.autoencoder.>", "gesso.v1.evt.>", "_INBOX_gateway.>", "gesso.v1.job.>"],
     ),
 }
 

@@ -6,7 +6,7 @@ were trained for is part of the checkpoint: see `trained_dtype`. A folder of qua
 the canonical file instead (`gesso_core.quant.canonical`); it is found here, and loaded there.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -38,12 +38,15 @@ class WeightFiles:
     keys: dict[Path, frozenset[str]] | None = None
 
 
-def load_state_dict(path: Path, variant: str | None = None) -> dict[str, Tensor]:
+def load_state_dict(
+    path: Path, variant: str | None = None, *, skip: Collection[str] = ()
+) -> dict[str, Tensor]:
     """Every tensor of a checkpoint, exactly as stored.
 
     Args:
         path: a model folder, or one safetensors file.
         variant: ``"fp16"`` or ``"bf16"`` to choose between files of one folder.
+        skip: names of tensors, such as large buffers, that are not even read.
 
     Raises:
         WeightsError: a missing or truncated file, a shard that contradicts its index, a tensor
@@ -58,8 +61,8 @@ def load_state_dict(path: Path, variant: str | None = None) -> dict[str, Tensor]
         )
     state: dict[str, Tensor] = {}
     for file in found.files:
-        tensors = _tensors(file)
-        _compare_with_index(file, tensors.keys(), found)
+        tensors = _tensors(file, skip)
+        _compare_with_index(file, tensors.keys() | (read_header(file).keys() & set(skip)), found)
         if doubled := sorted(state.keys() & tensors.keys()):
             raise WeightsError(f"{file} repeats {_some(doubled)}, already in another shard")
         state |= tensors
@@ -124,14 +127,14 @@ def _sharded(folder: Path, index: Path, variant: str | None) -> WeightFiles:
     return WeightFiles(tuple(keys), variant, keys)
 
 
-def _tensors(file: Path) -> dict[str, Tensor]:
+def _tensors(file: Path, skip: Collection[str]) -> dict[str, Tensor]:
     for name, entry in read_header(file).items():
-        if name != "__metadata__" and not _is_weight(name, entry):
+        if name not in ("__metadata__", *skip) and not _is_weight(name, entry):
             raise WeightsError(
                 f"{name} in {file} is {entry.get('dtype')}, expected floating-point weights; "
                 "quantized checkpoints cannot be loaded here"
             )
-    return read_tensors(file)
+    return read_tensors(file, skip)
 
 
 def _is_weight(name: str, entry: dict[str, Any]) -> bool:

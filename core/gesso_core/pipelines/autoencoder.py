@@ -1,4 +1,4 @@
-"""Pixels to latent and back, through a DC-AE, for pictures of any size.
+"""Pixels to latent and back, through a DC-AE or another network, for pictures of any size.
 
 Latents in here are unscaled; the scaling factor is a matter of the diffusion model.
 """
@@ -9,16 +9,14 @@ from typing import Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from gesso_core.errors import InvalidRequest, NumericalError
-from gesso_core.hub import DEFAULT_STORE, load_dc_ae, resolve
+from gesso_core.hub import DEFAULT_STORE, resolve
 from gesso_core.metrics import psnr, ssim
-from gesso_core.models.dc_ae import DCAE
-from gesso_core.models.dc_ae_fused import fuse_for_inference
-from gesso_core.models.dc_ae_tiling import decode_safely, encode_safely
 from gesso_core.pipelines.memory import explained
-from gesso_core.pipelines.pictures import MAX_PIXELS, Pixels
+from gesso_core.pipelines.pictures import MAX_PIXELS, Pixels, stretched
+from gesso_core.pipelines.pixel_codecs import PixelCodec, load_codec
 from gesso_core.sampling.aspect_ratio import resize_and_crop
 
 SMALLEST_SSIM_SIDE = 11  # the window of the metric
@@ -34,11 +32,11 @@ class Reconstruction:
 
 
 class Autoencoder:
-    """A DC-AE that takes and gives pixels. Raises NumericalError instead of giving NaN pictures."""
+    """Takes and gives pixels. Raises NumericalError instead of giving NaN pictures."""
 
-    def __init__(self, name: str, model: DCAE) -> None:
+    def __init__(self, name: str, codec: PixelCodec) -> None:
         self.name = name
-        self.model = model
+        self.codec = codec
 
     @classmethod
     def load(
@@ -50,22 +48,31 @@ class Autoencoder:
         store: Path = DEFAULT_STORE,
     ) -> Self:
         """A model by its registry name, or from a folder."""
-        model = load_dc_ae(resolve(name_or_folder, store=store), dtype).to(device)
+        codec = load_codec(resolve(name_or_folder, store=store), dtype=dtype, device=device)
         name = name_or_folder.name if isinstance(name_or_folder, Path) else name_or_folder
-        return cls(name, fuse_for_inference(model))
+        return cls(name, codec)
+
+    @property
+    def model(self) -> nn.Module:
+        """The network."""
+        return self.codec.model
 
     @property
     def compression(self) -> int:
         """Pixels per side of a latent cell."""
-        return self.model.config.spatial_compression_ratio
+        return self.codec.compression
 
     @torch.inference_mode()
     def encode(self, pixels_HWC: Pixels) -> Tensor:
-        """The latent (C, h, w), fp32, on the CPU; the picture is continued to whole cells."""
-        x_1CHW = self._whole_cells(self._signal(pixels_HWC)).to(self._weight.dtype)
+        """The latent (C, h, w), fp32, on the CPU.
+
+        The picture is continued to whole cells, or, where the network knows only one size,
+        stretched to that.
+        """
+        x_1CHW = self._whole_cells(self._signal(self._fitted(pixels_HWC))).to(self._weight.dtype)
         x_1CHW = x_1CHW.contiguous(memory_format=torch.channels_last)
         with explained("encoding this picture", "send a smaller one"):
-            latent_1CHW = encode_safely(self.model, x_1CHW)
+            latent_1CHW = self.codec.encode(x_1CHW)
         return self._finite(latent_1CHW, "latent")[0].float().cpu()
 
     @torch.inference_mode()
@@ -89,9 +96,15 @@ class Autoencoder:
                 f"both sides need at least {SMALLEST_SSIM_SIDE} pixels",
                 field="image",
             )
+        pixels_HWC = self._fitted(pixels_HWC)
+        height, width = pixels_HWC.shape[:2]
         pixels = to_pixels(self._decoded(self.encode(pixels_HWC)[None])[0, :, :height, :width])
         pair = self._signal(pixels), self._signal(pixels_HWC)
         return Reconstruction(pixels, float(psnr(*pair)), min(1.0, float(ssim(*pair))))
+
+    def _fitted(self, pixels_HWC: Pixels) -> Pixels:
+        side = self.codec.only_side
+        return pixels_HWC if side is None else stretched(pixels_HWC, side, side)
 
     @property
     def _weight(self) -> Tensor:
@@ -109,7 +122,7 @@ class Autoencoder:
     def _decoded(self, latent_1CHW: Tensor) -> Tensor:
         latent_1CHW = latent_1CHW.to(self._weight.device, self._weight.dtype)
         with explained("decoding this latent", "ask for a smaller picture"):
-            image_1CHW = decode_safely(self.model, latent_1CHW)
+            image_1CHW = self.codec.decode(latent_1CHW)
         return self._finite(image_1CHW, "picture").float().clamp(-1, 1)
 
     def _sized(self, image_1CHW: Tensor, height: int | None, width: int | None) -> Tensor:
@@ -125,10 +138,12 @@ class Autoencoder:
         return tensor
 
     def _check_latent(self, latent_CHW: Tensor) -> None:
-        channels, shape = self.model.config.latent_channels, tuple(latent_CHW.shape)
-        if latent_CHW.ndim != 3 or shape[0] != channels or 0 in shape:
+        channels, shape = self.codec.channels, tuple(latent_CHW.shape)
+        grid = self.codec.only_grid or shape[1:]
+        if latent_CHW.ndim != 3 or shape[0] != channels or shape[1:] != grid or 0 in shape:
+            height, width = self.codec.only_grid or ("height", "width")
             raise InvalidRequest(
-                f"a latent of shape {shape}; {self.name} decodes ({channels}, height, width)",
+                f"a latent of shape {shape}; {self.name} decodes ({channels}, {height}, {width})",
                 field="latent",
             )
         if not latent_CHW.is_floating_point() or not bool(latent_CHW.isfinite().all()):

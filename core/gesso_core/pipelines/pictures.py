@@ -73,7 +73,7 @@ def decode_picture(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Pixels:
     try:
         with Image.open(BytesIO(data), formats=READABLE) as image:
             _refuse_large(image, max_pixels)
-            return np.asarray(_rgb(ImageOps.exif_transpose(image)), dtype=np.uint8)
+            return np.asarray(rgb(ImageOps.exif_transpose(image)), dtype=np.uint8)
     except UnreadableImage:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -104,6 +104,22 @@ def shrink(pixels_HWC: Pixels, longest: int) -> Pixels:
     return np.asarray(image, dtype=np.uint8)
 
 
+def stretched(pixels_HWC: Pixels, height: int, width: int) -> Pixels:
+    """The picture at exactly this size, whatever that does to its proportions."""
+    if pixels_HWC.shape[:2] == (height, width):
+        return pixels_HWC
+    resized = Image.fromarray(pixels_HWC).resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(resized, dtype=np.uint8)
+
+
+def covering(pixels_HWC: Pixels, height: int, width: int) -> Pixels:
+    """The middle of the picture, scaled to cover exactly this size; proportions are kept."""
+    if pixels_HWC.shape[:2] == (height, width):
+        return pixels_HWC
+    fitted = ImageOps.fit(Image.fromarray(pixels_HWC), (width, height), Image.Resampling.BICUBIC)
+    return np.asarray(fitted, dtype=np.uint8)
+
+
 def _refuse_large(image: Image.Image, max_pixels: int) -> None:
     width, height = image.size
     if width * height > max_pixels:
@@ -114,7 +130,8 @@ def _refuse_large(image: Image.Image, max_pixels: int) -> None:
         )
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def rgb(image: Image.Image) -> Image.Image:
+    """The picture in RGB: 16 bit gray is scaled, transparency lies over white."""
     if image.mode.startswith("I"):  # 16 bit gray: Pillow would clip instead of scale
         gray = np.asarray(image, dtype=np.float64)
         return Image.fromarray((gray / 257.0).round().clip(0, 255).astype(np.uint8)).convert("RGB")

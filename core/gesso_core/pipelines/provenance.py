@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
+from typing import Protocol
 
 from gesso_core.lora.stack import AppliedLora
-from gesso_core.pipelines.denoiser import Denoiser
+from gesso_core.pipelines.denoiser import Denoiser, Identity
 from gesso_core.pipelines.draft import Draft
+from gesso_core.text.domain import Verdict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,23 +30,62 @@ class Provenance:
     loras: tuple[AppliedLora, ...] = ()
 
 
+class Choices(Protocol):
+    """What every kind of recipe says."""
+
+    @property
+    def model(self) -> str:
+        """Name of the model."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """Where the random draws began."""
+        ...
+
+    @property
+    def sampler(self) -> str:
+        """How it was drawn."""
+        ...
+
+    @property
+    def steps(self) -> int:
+        """In how many steps."""
+        ...
+
+    @property
+    def guidance_scale(self) -> float:
+        """How closely the prompt was followed."""
+        ...
+
+
 def provenance_of(denoiser: Denoiser, draft: Draft) -> Provenance:
     """The provenance of a picture that ``denoiser`` draws or has drawn."""
-    recipe = draft.recipe
-    verdict = denoiser.judge(recipe.prompt)
+    return provenance(
+        draft.recipe,
+        denoiser.identity,
+        denoiser.judge(draft.recipe.prompt),
+        loras=() if draft.loras is None else draft.loras.uses,
+    )
+
+
+def provenance(
+    recipe: Choices, identity: Identity, verdict: Verdict, *, loras: tuple[AppliedLora, ...] = ()
+) -> Provenance:
+    """The provenance of what the weights ``identity`` draw after ``recipe``."""
     return Provenance(
         model=recipe.model,
-        revision=denoiser.identity.revision,
-        weights_sha256=denoiser.identity.weights_sha256,
+        revision=identity.revision,
+        weights_sha256=identity.weights_sha256,
         seed=recipe.seed,
         sampler=recipe.sampler,
         steps=recipe.steps,
         guidance_scale=recipe.guidance_scale,
-        quantization=denoiser.identity.quantization,
+        quantization=identity.quantization,
         versions=library_versions(),
         in_domain=verdict.in_domain,
         suggestions=verdict.suggestions,
-        loras=() if draft.loras is None else draft.loras.uses,
+        loras=loras,
     )
 
 

@@ -130,7 +130,7 @@ def model_size(entry: ModelEntry, canvas: Canvas, height: int, width: int) -> tu
     The aspect-ratio bin where the model has a table, otherwise the same proportions at the
     model's own area, in whole patches of the latent.
     """
-    _check_size(entry, height, width)
+    check_size(entry, height, width)
     if entry.aspect_bins is not None:
         return bin_for(height, width, aspect_table(entry.aspect_bins))
     unit = canvas.compression * canvas.patch
@@ -138,7 +138,8 @@ def model_size(entry: ModelEntry, canvas: Canvas, height: int, width: int) -> tu
     return max(1, round(height * scale)) * unit, max(1, round(width * scale)) * unit
 
 
-def _check_size(entry: ModelEntry, height: int, width: int) -> None:
+def check_size(entry: ModelEntry, height: int, width: int) -> None:
+    """Refuse pictures that are tiny, very long, or far larger than the model draws."""
     for field, side in (("height", height), ("width", width)):
         if side < MIN_SIDE:
             raise InvalidRequest(f"{field} {side} is below {MIN_SIDE} pixels", field=field)

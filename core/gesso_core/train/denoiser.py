@@ -77,6 +77,8 @@ class CaptionedLatents:
         *,
         exact_share: float = 0.0,
         keyword_share: float = 0.0,
+        plain_share: float = PLAIN_VIEW,
+        empty_share: float = DROP_CAPTION,
     ) -> Batch:
         """A random batch; some captions are replaced by the empty one.
 
@@ -86,7 +88,25 @@ class CaptionedLatents:
             exact_share: share of captions drawn from those that leave nothing open: the concept's
                 own name with a style.
             keyword_share: share of captions drawn from those with other words than the name.
+            plain_share: share of pictures that are view 0; the others are any other view.
+            empty_share: share of captions that are replaced by the empty one.
         """
+        caption, sprite, color = self.choose(batch, generator, exact_share, keyword_share)
+        moved = torch.randint(1, max(2, self.latents.views), (batch,), generator=generator)
+        plain = torch.rand(batch, generator=generator) < plain_share
+        view = torch.where(plain | torch.tensor(self.latents.views == 1), 0, moved)
+        dropped = torch.rand(batch, generator=generator) < empty_share
+        text, mask = self.states.batch(torch.where(dropped, self.states.empty, caption))
+        return Batch(
+            latent_BChw=self.latents.latents_NKVChw[sprite, color, view].float(),
+            text_BLS=(text.float() - self.mean_S) / self.std_S * mask[..., None],
+            mask_BL=mask,
+        )
+
+    def choose(
+        self, batch: int, generator: Generator, exact_share: float = 0.0, keyword_share: float = 0.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Numbers of random captions, and of the sprite and the color that answer each, (B,)."""
         pick = torch.randint(len(self.records_R4), (batch,), generator=generator)
         kind = torch.rand(batch, generator=generator)
         exact = self.exact_E[torch.randint(len(self.exact_E), (batch,), generator=generator)]
@@ -94,17 +114,7 @@ class CaptionedLatents:
         pick = torch.where(kind < exact_share, exact, pick)
         pick = torch.where(kind > 1 - keyword_share, keyword, pick)
         caption, concept, style, color = self.records_R4[pick].unbind(dim=1)
-        sprite = self._sprite(concept, style, color, generator)
-        moved = torch.randint(1, max(2, self.latents.views), (batch,), generator=generator)
-        plain = torch.rand(batch, generator=generator) < PLAIN_VIEW
-        view = torch.where(plain | torch.tensor(self.latents.views == 1), 0, moved)
-        dropped = torch.rand(batch, generator=generator) < DROP_CAPTION
-        text, mask = self.states.batch(torch.where(dropped, self.states.empty, caption))
-        return Batch(
-            latent_BChw=self.latents.latents_NKVChw[sprite, color, view].float(),
-            text_BLS=(text.float() - self.mean_S) / self.std_S * mask[..., None],
-            mask_BL=mask,
-        )
+        return caption, self._sprite(concept, style, color, generator), color
 
     def _allowed(self, concept: Tensor, color: Tensor) -> Tensor:
         """(B, styles) bool: whether a sprite exists and is ever shown on the color."""

@@ -129,7 +129,7 @@ def _write(
         "model": model_id,
         "parameters": sum(tensor.numel() for tensor in half.values()),
         "data_lock_sha256": LOCK_HASH,
-        "trainer_revision": _git_revision(),
+        "trainer_revision": git_revision(),
         "license": LICENCE,
         **about,
     }
@@ -164,7 +164,8 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def _git_revision() -> str:
+def git_revision() -> str:
+    """The commit that the trainer runs from, if it can be told."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else "unknown"

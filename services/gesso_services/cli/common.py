@@ -37,6 +37,8 @@ Key = Annotated[
     ),
 ]
 
+Local = Annotated[bool, typer.Option("--local", help="In this process, without a server.")]
+
 
 def one_sentence(command: Callable[P, R]) -> Callable[P, R]:
     """Let a command end with one sentence and exit code 1 where a gesso error would leave it."""

@@ -110,10 +110,18 @@ def _weights() -> Iterator[Finding]:
             continue
         try:
             folder = hub.resolve(entry.name)
-            yield Finding(f"weights {entry.name}", f"{hub.weights_hash(folder)[:12]} in {folder}")
+            yield Finding(f"weights {entry.name}", f"{_fingerprint(folder)} in {folder}")
         except GessoError as error:
             advice = "a clone without trained models can make them with `make train-tiny`"
             yield Finding(f"weights {entry.name}", error.message, advice)
+
+
+def _fingerprint(folder: Path) -> str:
+    """The beginning of the hash of the weights; of each part where a model lies in several."""
+    from gesso_core import hub
+
+    parts = [part for part in sorted(folder.iterdir()) if any(part.glob("*.safetensors"))]
+    return " ".join(hub.weights_hash(part)[:12] for part in parts or [folder])
 
 
 def _ports() -> Iterator[Finding]:

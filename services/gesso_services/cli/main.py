@@ -5,17 +5,18 @@ from typing import Annotated
 
 import typer
 
-from gesso_services.cli import doctor, jobs, models, pictures, quantize, up
+from gesso_services.cli import doctor, films, jobs, models, pictures, quantize, seeing, up
 from gesso_services.cli.common import out
 
 app = typer.Typer(
     name="gesso",
-    help="Efficient visual generation as services: text to pictures on your own machine.",
+    help="Efficient visual generation as services: pictures from text, and talk about pictures, "
+    "on your own machine.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-START, PAINT, LOOK = "Start", "Paint", "Look after"
+START, PAINT, SEE, LOOK = "Start", "Paint", "See", "Look after"
 
 app.command(rich_help_panel=START)(up.up)
 app.command(rich_help_panel=START)(up.demo)
@@ -23,7 +24,11 @@ app.command(rich_help_panel=START)(up.serve)
 app.command(rich_help_panel=START)(up.provision)
 app.command(rich_help_panel=START)(up.deploy)
 app.command(rich_help_panel=PAINT)(pictures.generate)
+app.command(rich_help_panel=PAINT)(pictures.vary)
+app.command(rich_help_panel=PAINT)(films.video)
 app.command(rich_help_panel=PAINT)(pictures.reconstruct)
+app.command(rich_help_panel=SEE)(seeing.ask)
+app.command(rich_help_panel=SEE)(seeing.judge)
 app.command(rich_help_panel=LOOK)(quantize.quantize)
 app.add_typer(models.app, name="models", rich_help_panel=LOOK)
 app.add_typer(jobs.app, name="jobs", rich_help_panel=LOOK)

@@ -25,7 +25,7 @@ def list_models() -> None:
     table.add_column("weights", no_wrap=True)
     table.add_column("what")
     for entry in MODELS.values():
-        table.add_row(entry.name, entry.task, _where(entry), entry.summary)
+        table.add_row(entry.name, "\n".join(entry.tasks), _where(entry), entry.summary)
     out.print(table)
     out.print("weights that are not here come with: gesso models pull NAME", style="dim")
 

@@ -1,27 +1,22 @@
-"""``gesso generate`` and ``gesso reconstruct``: pictures from the command line."""
+"""``gesso generate``, ``vary`` and ``reconstruct``: pictures from the command line."""
 
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from gesso_core.errors import InvalidRequest
-from rich.progress import Progress as Bars
-from rich.progress import TaskID
 
-from gesso_services.cli.common import (
-    Key,
-    Url,
-    err,
-    one_sentence,
-    out,
-    progress_bars,
-    remark,
-    server,
-)
-from gesso_services.client import DEFAULT_URL, Picture, Progress
+from gesso_services.cli.common import Key, Local, Url, err, one_sentence, out, progress_bars, server
+from gesso_services.cli.output import Lines, Output, format_of, write_pictures
+from gesso_services.client import DEFAULT_URL
 
-FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
-Output = Annotated[Path, typer.Option("--output", "-o", help="A .png, .jpg or .webp file.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="The same seed, the same picture.")]
+Guidance = Annotated[float | None, typer.Option(min=0, max=30)]
+TopK = Annotated[int | None, typer.Option(min=1, help="Draw from so many likeliest tokens.")]
+TopP = Annotated[float | None, typer.Option(min=0, max=1, help="Draw from the likeliest part.")]
+Model = Annotated[str | None, typer.Option(help="See `gesso models list`.")]
+Count = Annotated[int, typer.Option("--count", "-n", min=1, max=10, help="Pictures.")]
+Size = Annotated[str, typer.Option(help="WIDTHxHEIGHT or auto.")]
 
 
 @one_sentence
@@ -29,14 +24,12 @@ def generate(
     *,
     prompt: Annotated[str, typer.Argument(help="What to paint.")],
     output: Output = Path("gesso.png"),
-    model: Annotated[str | None, typer.Option(help="See `gesso models list`.")] = None,
-    n: Annotated[int, typer.Option("--count", "-n", min=1, max=10, help="Pictures.")] = 1,
-    size: Annotated[str, typer.Option(help="WIDTHxHEIGHT or auto.")] = "auto",
-    seed: Annotated[
-        int | None, typer.Option(min=0, help="The same seed, the same picture.")
-    ] = None,
+    model: Model = None,
+    n: Count = 1,
+    size: Size = "auto",
+    seed: Seed = None,
     steps: Annotated[int | None, typer.Option(min=1, max=100)] = None,
-    guidance: Annotated[float | None, typer.Option(min=0, max=30)] = None,
+    guidance: Guidance = None,
     negative: Annotated[str, typer.Option(help="What should not be in it.")] = "",
     sampler: Annotated[str | None, typer.Option(help="flow-dpm-solver, flow-euler or scm.")] = None,
     lora: Annotated[
@@ -51,9 +44,13 @@ def generate(
             exists=True,
         ),
     ] = None,
-    local: Annotated[
-        bool, typer.Option("--local", help="In this process, without a server.")
-    ] = False,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    best_of: Annotated[
+        int | None, typer.Option(min=1, max=16, help="Draw so many, keep the best.")
+    ] = None,
+    judge: Annotated[str | None, typer.Option(help="Who chooses, with --best-of.")] = None,
+    local: Local = False,
     url: Url = DEFAULT_URL,
     key: Key = None,
 ) -> None:
@@ -73,10 +70,14 @@ def generate(
         "negative_prompt": negative,
         "sampler": sampler,
         "loras": [lora_of(text) for text in lora or ()] or None,
+        "top_k": top_k,
+        "top_p": top_p,
+        "best_of": best_of,
+        "judge": judge,
         "output_format": format_of(output),
     }
     with progress_bars() as bars:
-        lines = _Lines(bars, n)
+        lines = Lines(bars, max(n, best_of or 0))
         if local:
             from gesso_services.cli.local import generate_here
 
@@ -85,7 +86,53 @@ def generate(
             with server(url, key) as gesso:
                 pictures = gesso.generate(prompt, on_progress=lines.show, **options)
         lines.finish()
-    _write(pictures, output)
+    write_pictures(pictures, output)
+
+
+@one_sentence
+def vary(
+    *,
+    image: Annotated[Path, typer.Argument(help="A PNG, JPEG or WebP file.", dir_okay=False)],
+    prompt: Annotated[str, typer.Argument(help="What the new picture shall show.")],
+    keep: Annotated[
+        int | None, typer.Option(min=0, help="Scales or rows that stay; half, or 0 to look only.")
+    ] = None,
+    output: Output = Path("variation.png"),
+    model: Model = None,
+    n: Count = 1,
+    size: Size = "auto",
+    seed: Seed = None,
+    guidance: Guidance = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    local: Local = False,
+    url: Url = DEFAULT_URL,
+    key: Key = None,
+) -> None:
+    """Paint a picture that begins like another one."""
+    options: dict[str, Any] = {
+        "model": model,
+        "n": n,
+        "size": size,
+        "seed": seed,
+        "keep": keep,
+        "guidance_scale": guidance,
+        "top_k": top_k,
+        "top_p": top_p,
+        "output_format": format_of(output),
+    }
+    data = image.read_bytes()
+    with progress_bars() as bars:
+        lines = Lines(bars, n)
+        if local:
+            from gesso_services.cli.local import vary_here
+
+            pictures = vary_here(data, prompt, options, lines.show)
+        else:
+            with server(url, key) as gesso:
+                pictures = gesso.vary(data, prompt, on_progress=lines.show, **options)
+        lines.finish()
+    write_pictures(pictures, output)
 
 
 @one_sentence
@@ -107,17 +154,6 @@ def reconstruct(
     out.print(f"{output}  PSNR {made.psnr_db:.2f} dB  SSIM {made.ssim:.4f}", highlight=False)
 
 
-def format_of(path: Path) -> str:
-    """The output format that the name of the file asks for; its folder must exist."""
-    if path.suffix.lower() not in FORMATS:
-        raise InvalidRequest(
-            f"{path} has the ending {path.suffix or '(none)'!r}; use one of {', '.join(FORMATS)}"
-        )
-    if not path.parent.is_dir():
-        raise InvalidRequest(f"the folder {path.parent} does not exist; create it first")
-    return FORMATS[path.suffix.lower()]
-
-
 def lora_of(text: str) -> dict[str, Any]:
     """Name and strength from ``NAME[:STRENGTH]``; the strength is 1 where none is given."""
     name, colon, strength = text.partition(":")
@@ -127,37 +163,3 @@ def lora_of(text: str) -> dict[str, Any]:
         raise InvalidRequest(
             f"--lora {text!r}: {strength!r} is not a number; write it like ink:0.8", field="loras"
         ) from error
-
-
-class _Lines:
-    """One progress line per picture."""
-
-    def __init__(self, bars: Bars, count: int) -> None:
-        self.bars = bars
-        self.tasks: list[TaskID] = [
-            bars.add_task(
-                f"picture {index + 1}" if count > 1 else "painting", total=1.0, note="waiting"
-            )
-            for index in range(count)
-        ]
-
-    def show(self, at: Progress) -> None:
-        note = f"step {at.step}/{at.total_steps}" if at.total_steps else "waiting"
-        self.bars.update(self.tasks[at.index], completed=at.progress, note=note)
-
-    def finish(self) -> None:
-        for task in self.tasks:
-            self.bars.update(task, completed=1.0, note="done")
-
-
-def _write(pictures: list[Picture], output: Path) -> None:
-    for index, picture in enumerate(pictures):
-        stem = output.stem if len(pictures) == 1 else f"{output.stem}-{index + 1}"
-        path = picture.save(output.with_name(stem + output.suffix))
-        out.print(f"{path}  seed {picture.seed}", highlight=False)
-    made = pictures[0].metadata
-    if made.get("in_domain") is False:
-        ideas = "; ".join(made.get("suggestions", []))
-        remark(
-            f"{made['model']} has not learned all of that prompt; it knows, for example: {ideas}"
-        )

@@ -12,7 +12,7 @@ import typer
 from gesso_core.errors import ConfigError
 
 from gesso_services.cli.common import err, one_sentence, out, progress_bars
-from gesso_services.cli.pictures import format_of
+from gesso_services.cli.output import format_of
 
 if TYPE_CHECKING:
     from gesso_services.client import Gesso, Progress
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from gesso_services.gateway.settings import GatewaySettings
 
 DEMO_PROMPT = "a red apple, 3D style, on a blue background"
-SERVICES = ("autoencoder", "diffusion")
+SERVICES = ("autoencoder", "diffusion", "autoregressive")
 
 Port = Annotated[int | None, typer.Option(help="Default: GESSO_GATEWAY_PORT, or 8080.")]
 State = Annotated[Path | None, typer.Option(help="Where jobs and pictures are kept between runs.")]
@@ -69,7 +69,7 @@ def demo(
 
 @one_sentence
 def serve(
-    service: Annotated[str, typer.Argument(help="gateway, autoencoder or diffusion.")],
+    service: Annotated[str, typer.Argument(help="gateway, or one of the services.")],
 ) -> None:
     """Run one service, or the gateway, in this process, joined to the broker at NATS_URL."""
     import asyncio

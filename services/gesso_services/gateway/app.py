@@ -14,7 +14,17 @@ from fastapi import FastAPI
 from fastapi.responses import FileResponse
 from starlette.staticfiles import StaticFiles
 
-from gesso_services.gateway import health, images, jobs, models, problems, reconstructions
+from gesso_services.gateway import (
+    chat,
+    health,
+    images,
+    jobs,
+    judgements,
+    models,
+    problems,
+    reconstructions,
+    videos,
+)
 from gesso_services.gateway.admission import Admission
 from gesso_services.gateway.auth import KeyRing
 from gesso_services.gateway.catalog import Catalog
@@ -24,7 +34,8 @@ from gesso_services.gateway.settings import GatewaySettings
 from gesso_services.runtime.settings import BusSettings
 
 PAGE = Path(__file__).with_name("page")
-DESCRIPTION = """Text to pictures in the words of OpenAI's image API, and durable jobs behind it.
+DESCRIPTION = """Text to pictures and videos, and talk about them, in the words of OpenAI's API;
+durable jobs behind it.
 
 Errors have one shape: RFC 9457 problem details with OpenAI's `error` object inside.
 """
@@ -61,6 +72,9 @@ def create_app(
         models.router,
         reconstructions.router,
         images.router,
+        videos.router,
+        chat.router,
+        judgements.router,
         jobs.router,
     ):
         app.include_router(router)
@@ -80,7 +94,13 @@ def _equip(app: FastAPI, settings: GatewaySettings, bus_settings: BusSettings) -
         Edge,
         metrics=state.metrics,
         max_body_bytes=settings.max_body_bytes,
-        max_body_bytes_of={reconstructions.PATH: settings.max_upload_bytes},
+        max_body_bytes_of={
+            reconstructions.PATH: settings.max_upload_bytes,
+            images.VARIATIONS: settings.max_upload_bytes,
+            f"{jobs.PATH}/": settings.max_upload_bytes,
+            chat.PATH: settings.max_conversation_bytes,
+            judgements.PATH: settings.max_conversation_bytes,
+        },
     )
 
 

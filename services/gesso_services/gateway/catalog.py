@@ -1,20 +1,23 @@
-"""Which models are behind the gateway, and what may be asked of each.
+"""Which models are behind the gateway, which service has them, and what may be asked of each.
 
 The services say what they serve; while none answers (it starts, or is scaled to zero) the last
-answer counts, and before the first one the registry does: a job waits in the queue anyway.
+answer counts, and before the first one the registry does for the services that have to be there: a
+job waits in the queue anyway.
 """
 
 import asyncio
 import time
-from dataclasses import replace
-from typing import Annotated
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, Final
 
 from fastapi import Depends, Request
-from gesso_contracts import AskReady, ModelInUse, ServiceReady
+from gesso_contracts import AskReady, ModelInUse, ServiceReady, operations
 from gesso_core.errors import GessoError, InvalidRequest, UnknownModel
-from gesso_core.registry import MODELS, ModelEntry, Task
+from gesso_core.registry import MODELS, Family, ModelEntry, Task
 
 from gesso_services.gateway.fabric import Fabric
+from gesso_services.gateway.problems import EdgeError
 from gesso_services.gateway.schemas import Model, ServiceHealth
 from gesso_services.runtime import rpc
 
@@ -22,7 +25,50 @@ ASPECTS = ((1, 1), (4, 3), (3, 4), (3, 2), (2, 3), (16, 9), (9, 16))
 LONGEST = 4
 ROUND_TO = 32  # the sides of the sizes that are offered
 AREA_LIMIT = 4  # a picture may have so many times the pixels of the model's native size
-SERVICE_OF: dict[Task, str] = {"text-to-image": "diffusion", "autoencoder": "autoencoder"}
+
+
+@dataclass(frozen=True)
+class Work:
+    """Work that can be asked for: the task that a model must have, and the words for it."""
+
+    task: Task
+    words: str
+
+
+@dataclass(frozen=True)
+class Home:
+    """A service: the families that it serves, and what a folder with a name of its own can do."""
+
+    families: tuple[Family, ...]
+    tasks: tuple[Task, ...]
+
+
+WORK: Final[Mapping[str, Work]] = {
+    "generate-image": Work("text-to-image", "draw a picture from text"),
+    "vary-image": Work("text-to-image", "vary a picture"),
+    "generate-video": Work("text-to-video", "make a video"),
+    "answer": Work("image-to-text", "answer in a chat"),
+    "judge": Work("image-to-text", "judge pictures"),
+    "reconstruct": Work("autoencoder", "encode and decode a picture"),
+}
+HOMES: Final[Mapping[str, Home]] = {
+    "diffusion": Home(("sana",), ("text-to-image",)),
+    "autoregressive": Home(("hart", "vila-u"), ("text-to-image", "image-to-text", "text-to-video")),
+    "autoencoder": Home(("dc-ae", "vila-u-tower"), ("autoencoder",)),
+}
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model and the service that has it."""
+
+    entry: ModelEntry
+    service: str
+
+    @property
+    def name(self) -> str:
+        """How the service calls it."""
+        return self.entry.name
 
 
 class Catalog:
@@ -53,40 +99,94 @@ class Catalog:
         detail = f"{answer.running} of {answer.slots} slots are busy"
         return ServiceHealth(ready=answer.ready, models=answer.models, detail=detail)
 
-    async def models(self, task: Task) -> dict[str, ModelEntry]:
-        """The models for ``task``, the default one first."""
-        service = SERVICE_OF[task]
-        await self._refresh(service)
-        known = {name: entry for name, entry in MODELS.items() if entry.task == task}
-        served = self._served.get(service)
-        if served is None:
-            return known
-        return {name: known.get(name) or self._of_folder(name, task) for name in served}
+    async def models(self, work: str) -> dict[str, Served]:
+        """The models that can do ``work`` (a key of ``WORK``), in the order of their services."""
+        able: dict[str, Served] = {}
+        for served in await self._of(_services_for(work)):
+            if WORK[work].task in served.entry.tasks:
+                able.setdefault(served.name, served)
+        return able
 
-    def _of_folder(self, name: str, task: Task) -> ModelEntry:
-        """A service may serve a folder under a name of its own, which no registry knows."""
-        entry = ModelEntry(name=name, family="sana", tasks=(task,), summary="")
-        in_use = self._in_use.get(name)
-        return entry if in_use is None else replace(entry, native_size=in_use.native_size)
+    async def find(self, work: str, name: str | None, *, field: str = "model") -> Served:
+        """The model of that name, or the default one, for ``work``.
 
-    async def find(self, task: Task, name: str | None) -> ModelEntry:
-        """The model of that name, or the default one; ``UnknownModel`` lists what there is."""
-        models = await self.models(task)
-        settings = self.fabric.settings
-        default = (
-            settings.default_model if task == "text-to-image" else settings.default_autoencoder
-        )
+        404 lists what there is; a model that is here but cannot do it is refused with those that
+        can. ``field`` is where the name came from.
+        """
+        models = await self.models(work)
         if name is None:
+            default = self._default(WORK[work].task)
             name = default if default in models else next(iter(models), default)
-        if name not in models:
-            raise UnknownModel(name, models)
-        return models[name]
+        if name in models:
+            return models[name]
+        able = f"use {' or '.join(models)}" if models else "no model of this server can"
+        sentence = f"the model {name[:80]!r} cannot {WORK[work].words} here; {able}"
+        if models and name not in {served.name for served in await self._of(HOMES)}:
+            sentence = UnknownModel(name, models).message
+        raise EdgeError(404, UnknownModel.code, sentence, field=field)
 
-    def describe(self, entry: ModelEntry) -> Model:
-        """The entry as ``/v1/models`` shows it, with what its service says of it."""
+    async def describe_all(self) -> dict[str, Model]:
+        """Every model as ``/v1/models`` shows it, those that draw first."""
+        shown: dict[str, Model] = {}
+        for served in await self._of(HOMES):
+            entry = served.entry
+            if (known := shown.get(entry.name)) is not None:
+                tasks = [*known.tasks, *(task for task in entry.tasks if task not in known.tasks)]
+                shown[entry.name] = known.model_copy(update={"tasks": tasks})
+            else:
+                shown[entry.name] = self._describe(entry)
+        return shown
+
+    def _describe(self, entry: ModelEntry) -> Model:
         in_use = self._in_use.get(entry.name)
         told = in_use.model_dump(include={"quantization", "weight_bytes"}) if in_use else {}
         return describe(entry).model_copy(update=told)
+
+    def _default(self, task: Task) -> str:
+        settings = self.fabric.settings
+        defaults: dict[Task, str] = {
+            "text-to-image": settings.default_model,
+            "image-to-text": settings.default_seeing_model,
+            "autoencoder": settings.default_autoencoder,
+        }
+        return defaults.get(task, "")
+
+    async def _of(self, services: Iterable[str]) -> list[Served]:
+        """Every model of these services, in their order."""
+        services = list(services)
+        await asyncio.gather(*(self._refresh(service) for service in services))
+        return [
+            Served(self._entry(name, service), service)
+            for service in services
+            for name in self._names(service)
+        ]
+
+    def _names(self, service: str) -> list[str]:
+        if service in self._served:
+            return self._served[service]
+        if service not in self.fabric.settings.required_services:
+            return []
+        families = HOMES[service].families
+        return [name for name, entry in MODELS.items() if entry.family in families]
+
+    def _entry(self, name: str, service: str) -> ModelEntry:
+        """What the registry says, or what can be said of a folder under a name of its own."""
+        home = HOMES[service]
+        entry = MODELS.get(name)
+        if entry is not None:
+            # A tokenizer may go by the name of its model; here it only encodes and decodes.
+            return replace(entry, tasks=home.tasks) if service == "autoencoder" else entry
+        entry = ModelEntry(name=name, family=home.families[-1], tasks=home.tasks, summary="")
+        in_use = self._in_use.get(name)
+        if in_use is None:
+            return entry
+        told = tuple(task for task in home.tasks if task in in_use.tasks)
+        return replace(
+            entry,
+            native_size=in_use.native_size,
+            steps=in_use.steps or entry.steps,
+            tasks=told or home.tasks,
+        )
 
     async def _refresh(self, service: str) -> None:
         age = time.monotonic() - self._asked_at.get(service, float("-inf"))
@@ -133,8 +233,8 @@ def sizes_of(entry: ModelEntry) -> list[str]:
 
 def describe(entry: ModelEntry) -> Model:
     """The entry as ``/v1/models`` shows it."""
-    about = Model(id=entry.name, created=0, task=entry.task)
-    if entry.task != "text-to-image":
+    about = Model(id=entry.name, created=0, task=entry.task, tasks=list(entry.tasks))
+    if not {"text-to-image", "text-to-video"} & set(entry.tasks):
         return about
     return about.model_copy(
         update={
@@ -145,6 +245,15 @@ def describe(entry: ModelEntry) -> Model:
             "sampler": entry.sampler,
         }
     )
+
+
+def _services_for(work: str) -> list[str]:
+    """The services that have a job or a call of that name."""
+    return [
+        name
+        for name in HOMES
+        if work in operations.JOBS.get(name, {}) or work in operations.RPC.get(name, {})
+    ]
 
 
 def _size(side: int, wide: int, high: int) -> str:

@@ -87,7 +87,10 @@ class Edge:
             self._count(scope, exchange)
 
     def _limit(self, scope: Scope) -> int:
-        return self.max_body_bytes_of.get(scope["path"], self.max_body_bytes)
+        for beginning, limit in self.max_body_bytes_of.items():
+            if scope["path"].startswith(beginning):
+                return limit
+        return self.max_body_bytes
 
     def _count(self, scope: Scope, exchange: "_Exchange") -> None:
         route = getattr(scope.get("route"), "path", "unknown")

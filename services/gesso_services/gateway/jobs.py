@@ -4,23 +4,35 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Response
-from gesso_contracts import JobState, JobStatus, limits
-from gesso_contracts.base import JobId
+from fastapi import APIRouter, Body, Query, Response
+from gesso_contracts import (
+    AnswerTurn,
+    GenerateImage,
+    ImagePart,
+    JobState,
+    JobStatus,
+    VaryImage,
+    VideoPart,
+    limits,
+)
+from gesso_contracts.base import JobId, Message
+from gesso_contracts.conversations import Part
 from gesso_core.errors import GessoError
 
-from gesso_services.gateway import painting, streams
+from gesso_services.gateway import results, streams
 from gesso_services.gateway.admission import Door
 from gesso_services.gateway.auth import Caller
 from gesso_services.gateway.catalog import Models, check_size
 from gesso_services.gateway.fabric import Fabric, Here
-from gesso_services.gateway.images import PICTURE, picture_response
+from gesso_services.gateway.job_kinds import AnyJob
 from gesso_services.gateway.problems import EdgeError, documented
-from gesso_services.gateway.schemas import GenerateImageJob, JobPage
+from gesso_services.gateway.schemas import JobPage
+from gesso_services.gateway.uploads import INLINE_BYTES_PER_JOB, Intake
 from gesso_services.runtime.job_events import follow
 from gesso_services.runtime.job_list import list_jobs
 
-router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+PATH = "/v1/jobs"
+router = APIRouter(prefix=PATH, tags=["jobs"])
 
 
 def _known(description: str) -> dict[str, Any]:
@@ -37,7 +49,7 @@ def _known(description: str) -> dict[str, Any]:
 async def submit_job(
     *,
     job_id: JobId,
-    body: GenerateImageJob,
+    body: Annotated[AnyJob, Body()],
     response: Response,
     _: Caller,
     fabric: Here,
@@ -47,10 +59,13 @@ async def submit_job(
     """Put a job in the queue. The same id with the same request is the same job; 202 means that it
     is durable, 200 that it was there already.
     """
-    entry = await models.find("text-to-image", body.request.model)
-    check_size(entry, body.request.width, body.request.height)
-    await door.admit(painting.SERVICE)
-    state, new = await fabric.jobs.submit(painting.SERVICE, body.kind, body.request, job_id=job_id)
+    wanted = body.request
+    served = await models.find(body.kind, wanted.model)
+    if isinstance(wanted, GenerateImage):
+        check_size(served.entry, wanted.width, wanted.height)
+    message = await _looked_at(wanted, Intake(fabric, inline_bytes=INLINE_BYTES_PER_JOB))
+    await door.admit(served.service)
+    state, new = await fabric.jobs.submit(served.service, body.kind, message, job_id=job_id)
     response.status_code = 202 if new else 200
     response.headers["Location"] = f"/v1/jobs/{job_id}"
     return state
@@ -99,8 +114,8 @@ async def cancel_job(job_id: JobId, response: Response, _: Caller, fabric: Here)
     responses=documented(401, 404, 422, 429, 500, 503, ok={"content": streams.DOCUMENTED}),
 )
 async def follow_job(job_id: JobId, _: Caller, fabric: Here) -> streams.EventStream:
-    """Server-sent events `state`, `progress` and `preview`: the state now, then what happens, until
-    the job is final. Their data are the events of the bus.
+    """Server-sent events `state`, `progress`, `preview` and `text`: the state now, then what
+    happens, until the job is final. Their data are the events of the bus.
     """
     await fabric.jobs.get(job_id)
     return streams.EventStream(_events(fabric, job_id))
@@ -109,11 +124,43 @@ async def follow_job(job_id: JobId, _: Caller, fabric: Here) -> streams.EventStr
 @router.get(
     "/{job_id}/result",
     response_class=Response,
-    responses=documented(401, 404, 409, 422, 429, 500, 503, 507, ok={"content": PICTURE}),
+    responses=documented(401, 404, 409, 422, 429, 500, 503, 507, ok={"content": results.ANYTHING}),
 )
 async def get_result(job_id: JobId, _: Caller, fabric: Here) -> Response:
-    """The picture that the job made."""
-    return await picture_response(fabric, job_id)
+    """What the job made: a picture, a video, or an answer as JSON."""
+    return await results.anything(fabric, job_id)
+
+
+async def _looked_at(wanted: Message, intake: Intake) -> Message:
+    """The message with its pictures and videos checked, and the large ones laid down as blobs."""
+    if isinstance(wanted, VaryImage):
+        return wanted.model_copy(
+            update={"image": await intake.again(wanted.image, "request.image")}
+        )
+    if isinstance(wanted, AnswerTurn):
+        turns = [
+            turn.model_copy(
+                update={
+                    "parts": [
+                        await _part(part, f"request.turns.{i}.parts.{j}", intake)
+                        for j, part in enumerate(turn.parts)
+                    ]
+                }
+            )
+            for i, turn in enumerate(wanted.turns)
+        ]
+        return wanted.model_copy(update={"turns": turns})
+    return wanted
+
+
+async def _part(part: Part, field: str, intake: Intake) -> Part:
+    if isinstance(part, ImagePart):
+        image = await intake.again(part.image, f"{field}.image")
+        return part.model_copy(update={"image": image})
+    if isinstance(part, VideoPart):
+        video = await intake.again(part.video, f"{field}.video", video=True)
+        return part.model_copy(update={"video": video})
+    return part
 
 
 async def _events(fabric: Fabric, job_id: str) -> AsyncGenerator[bytes, None]:

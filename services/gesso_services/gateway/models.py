@@ -14,20 +14,14 @@ router = APIRouter(prefix="/v1/models", tags=["models"])
 
 @router.get("", responses=documented(401, 429, 500))
 async def list_models(_: Caller, models: Models) -> ModelList:
-    """Every model that is served, the default one first."""
-    return ModelList(data=await _all(models))
+    """Every model that is served, those that draw first."""
+    return ModelList(data=list((await models.describe_all()).values()))
 
 
 @router.get("/{model}", responses=documented(401, 404, 422, 429, 500))
 async def get_model(model: ModelName, _: Caller, models: Models) -> Model:
     """One model."""
-    known = {one.id: one for one in await _all(models)}
+    known = await models.describe_all()
     if model not in known:
         raise UnknownModel(model, known)
     return known[model]
-
-
-async def _all(models: Models) -> list[Model]:
-    painters = await models.models("text-to-image")
-    coders = await models.models("autoencoder")
-    return [models.describe(entry) for entry in (*painters.values(), *coders.values())]

@@ -141,7 +141,8 @@ async def _on_invalid_request(_: Request, error: Exception) -> JSONResponse:
         sentence = f"the body is not JSON ({first['ctx']['error']} at byte {first['loc'][-1]})"
         return problem_response(make_problem(400, "invalid_json", sentence))
     place, *names = first["loc"]
-    field = ".".join(str(name) for name in names)
+    # In brackets stands which of several kinds of object was meant; that is no field.
+    field = ".".join(str(name) for name in names if not str(name).startswith("<"))
     where = f"{place} field {field!r}" if field else f"the {place}"
     sentence = f"{where}: {_lower_first(first['msg'])}; given {shorten(first['input'])}"
     return problem_response(make_problem(422, "invalid_request", sentence, field=field or None))

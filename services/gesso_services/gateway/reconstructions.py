@@ -3,7 +3,6 @@
 A picture comes in the request and from nowhere else: no URL is ever fetched.
 """
 
-import asyncio
 import base64
 import time
 from typing import Annotated
@@ -11,9 +10,6 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, File, Form, UploadFile
 from gesso_contracts import ImageFormat, Reconstruct, Reconstructed
 from gesso_contracts.base import ModelName
-from gesso_contracts.limits import INLINE_RPC_BYTES
-from gesso_core.errors import UnreadableImage
-from gesso_core.pipelines.pictures import decode_picture
 
 from gesso_services.gateway.admission import open_place
 from gesso_services.gateway.auth import Caller
@@ -21,16 +17,11 @@ from gesso_services.gateway.catalog import Models
 from gesso_services.gateway.fabric import Here
 from gesso_services.gateway.problems import documented
 from gesso_services.gateway.schemas import ReconstructionResponse
+from gesso_services.gateway.uploads import INLINE_BYTES_PER_CALL, Intake
 from gesso_services.runtime import rpc
 
 PATH = "/v1/images/reconstructions"
 router = APIRouter(tags=["images"])
-
-_SIGNATURES = (
-    (b"\x89PNG\r\n\x1a\n", b"", "image/png"),
-    (b"\xff\xd8\xff", b"", "image/jpeg"),
-    (b"RIFF", b"WEBP", "image/webp"),
-)
 
 
 @router.post(
@@ -47,19 +38,14 @@ async def reconstruct(
     output_format: Annotated[ImageFormat, Form()] = "png",
 ) -> ReconstructionResponse:
     """Encode the picture, decode it again, and measure the difference."""
-    entry = await models.find("autoencoder", model)
-    data = await image.read()
-    media_type = sniff(data)
-    await asyncio.to_thread(decode_picture, data, max_pixels=fabric.settings.max_upload_pixels)
+    served = await models.find("reconstruct", model)
+    intake = Intake(fabric, inline_bytes=INLINE_BYTES_PER_CALL)
+    payload = await intake.picture(await image.read(), "image")
     made = await rpc.call(
         fabric.bus,
-        "autoencoder",
+        served.service,
         "reconstruct",
-        Reconstruct(
-            model=entry.name,
-            image=await fabric.blobs.pack(data, media_type, inline_limit=INLINE_RPC_BYTES),
-            output_format=output_format,
-        ),
+        Reconstruct(model=served.name, image=payload, output_format=output_format),
         Reconstructed,
         timeout=fabric.settings.deadline_s,
     )
@@ -68,18 +54,7 @@ async def reconstruct(
         b64_json=base64.b64encode(await fabric.blobs.read(made.image)).decode("ascii"),
         output_format=output_format,
         size=f"{made.width}x{made.height}",
-        model=entry.name,
+        model=served.name,
         psnr_db=made.psnr_db,
         ssim=made.ssim,
-    )
-
-
-def sniff(data: bytes) -> str:
-    """The media type that the first bytes claim; UnreadableImage unless it may come in."""
-    for start, inner, media_type in _SIGNATURES:
-        if data.startswith(start) and (not inner or data[8:12] == inner):
-            return media_type
-    raise UnreadableImage(
-        f"these {len(data):,} bytes do not begin like a picture; send a PNG, JPEG or WebP file",
-        field="image",
     )

@@ -6,12 +6,15 @@ Prompts, sizes and numbers carry the limits of the bus messages, so OpenAPI show
 import re
 from typing import Annotated, Literal
 
-from gesso_contracts import GenerateImage, ImageFormat, JobState, Provenance, SamplerName, limits
+from fastapi import UploadFile
+from gesso_contracts import ImageFormat, JobState, Provenance, SamplerName, limits
 from gesso_contracts.base import LoraStrength, ModelName, Prompt, Token
+from gesso_contracts.messages import TopK, TopP
 from gesso_core.errors import InvalidRequest
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 MAX_PICTURES = 10
+MAX_CANDIDATES = limits.PICTURES_PER_JUDGEMENT
 MAX_PARTIAL_IMAGES = 10
 
 Size = Annotated[
@@ -20,6 +23,14 @@ Size = Annotated[
     Field(description="`WIDTHxHEIGHT` in pixels, or `auto` for the model's own size"),
 ]
 Seed = Annotated[int, Field(ge=0, lt=limits.SEED_LIMIT)]
+Guidance = Annotated[float, Field(ge=0, le=limits.MAX_GUIDANCE, allow_inf_nan=False)]
+PartialImages = Annotated[
+    int,
+    Field(ge=0, le=MAX_PARTIAL_IMAGES, description="previews per picture, with `stream`"),
+]
+ResponseFormat = Literal["b64_json", "url"]
+TOKENS_ONLY = "for models that draw tokens"
+NOT_USED = "accepted and not used"
 
 
 class Body(BaseModel):
@@ -45,24 +56,86 @@ class ImageRequest(Body):
     negative_prompt: Annotated[str, StringConstraints(max_length=limits.PROMPT_CHARS)] = ""
     seed: Seed | None = Field(None, description="drawn by the gateway when left out")
     steps: int | None = Field(None, ge=1, le=limits.MAX_STEPS)
-    guidance_scale: float | None = Field(None, ge=0, le=limits.MAX_GUIDANCE, allow_inf_nan=False)
+    guidance_scale: Guidance | None = None
     sampler: SamplerName | None = None
+    top_k: TopK | None = Field(None, description=TOKENS_ONLY)
+    top_p: TopP | None = Field(None, description=TOKENS_ONLY)
     loras: list[Lora] = Field(
         default_factory=list,
         max_length=limits.MAX_LORAS,
         description="files of the server's LoRA folder by name, each once",
     )
-    response_format: Literal["b64_json", "url"] = "b64_json"
+    best_of: int | None = Field(
+        None, ge=1, le=MAX_CANDIDATES, description="draw so many and give back the best n"
+    )
+    judge: ModelName | None = Field(
+        None, description="who chooses, with `best_of`; default: the first model that sees"
+    )
+    response_format: ResponseFormat = "b64_json"
     output_format: ImageFormat = "png"
     stream: bool = Field(False, description="answer with server-sent events")
-    partial_images: int = Field(
-        0, ge=0, le=MAX_PARTIAL_IMAGES, description="previews per picture, with `stream`"
+    partial_images: PartialImages = 0
+    user: str | None = Field(None, max_length=200, description=NOT_USED)
+
+
+class VariationRequest(BaseModel):
+    """``POST /v1/images/variations`` as a form: OpenAI's fields, and what gesso adds to them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    image: UploadFile = Field(description="PNG, JPEG or WebP")
+    model: ModelName | None = Field(None, description="default: the first that can")
+    n: int = Field(1, ge=1, le=MAX_PICTURES, description="picture i has seed + i")
+    size: Size = "auto"
+    response_format: ResponseFormat = "b64_json"
+    user: str | None = Field(None, max_length=200, description=NOT_USED)
+    prompt: Prompt | None = Field(None, description="what the new picture shall show")
+    keep: int | None = Field(
+        None,
+        ge=0,
+        le=limits.MAX_KEEP,
+        description="scales or rows that stay as they are; default: half of the scales, or 0 for "
+        "a model that sees, which then looks at the picture and draws anew",
     )
-    user: str | None = Field(None, max_length=200, description="accepted and not used")
+    seed: Seed | None = Field(None, description="drawn by the gateway when left out")
+    guidance_scale: Guidance | None = None
+    top_k: TopK | None = None
+    top_p: TopP | None = None
+    output_format: ImageFormat = "png"
+    stream: bool = Field(False, description="answer with server-sent events")
+    partial_images: PartialImages = 0
+
+
+class JudgementRequest(Body):
+    """``POST /v1/judgements``: how well does each picture show what the prompt asks for?"""
+
+    model: ModelName | None = Field(None, description="default: the first model that sees")
+    prompt: Prompt
+    images: list[str] = Field(
+        min_length=1,
+        max_length=limits.PICTURES_PER_JUDGEMENT,
+        description="pictures as base64, or as data: URLs; no other URL is opened",
+    )
+
+
+class Judgement(BaseModel):
+    """One score per picture: the probability that the model says yes."""
+
+    object: Literal["judgement"] = "judgement"
+    created: int = Field(description="Unix seconds")
+    model: str
+    scores: list[float]
 
 
 class Metadata(Provenance):
     """What made the pictures, and whether the model knows what the prompt names."""
+
+
+class Score(BaseModel):
+    """What the judge of a best-of-N says of one picture."""
+
+    score: float = Field(description="probability that it shows what the prompt asks for")
+    judge: str
 
 
 class ImageData(BaseModel):
@@ -72,6 +145,7 @@ class ImageData(BaseModel):
     url: str | None = Field(None, description="below this server; lives as long as the job does")
     seed: int
     job_id: str
+    metadata: Score | None = Field(None, description="with `best_of`")
 
 
 class ImagesResponse(BaseModel):
@@ -103,7 +177,8 @@ class Model(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "gesso"
-    task: str
+    task: str = Field(description="what it is mainly for")
+    tasks: list[str] = Field(description="all that it can do")
     default_size: str | None = None
     sizes: list[str] = Field(default_factory=list)
     steps: int | None = None
@@ -120,18 +195,6 @@ class ModelList(BaseModel):
 
     object: Literal["list"] = "list"
     data: list[Model]
-
-
-def _strictly(value: object) -> object:
-    """A message of the bus, taken as strictly as the rest of a body: no text for a number."""
-    return GenerateImage.model_validate(value, strict=True)
-
-
-class GenerateImageJob(Body):
-    """``PUT /v1/jobs/{id}``: one picture as a job."""
-
-    kind: Literal["generate-image"] = "generate-image"
-    request: Annotated[GenerateImage, BeforeValidator(_strictly)]
 
 
 class JobPage(BaseModel):

@@ -18,8 +18,9 @@ class GatewaySettings(BaseSettings):
         default=SecretStr(""), validation_alias=AliasChoices("GESSO_API_KEYS", "api_keys")
     )
     default_model: str = "sana-tiny"
+    default_seeing_model: str = "vilau-tiny"
     default_autoencoder: str = "dcae-tiny"
-    required_services: tuple[str, ...] = ("autoencoder", "diffusion")
+    required_services: tuple[str, ...] = ("autoencoder", "diffusion", "autoregressive")
 
     deadline_s: float = Field(
         default=300.0, gt=0, description="how long a waiting request may take"
@@ -36,6 +37,9 @@ class GatewaySettings(BaseSettings):
     max_body_bytes: int = Field(default=256 * KIB, ge=KIB)
     max_upload_bytes: int = Field(default=16 * MIB, ge=KIB)
     max_upload_pixels: int = Field(default=4096 * 4096, ge=1)
+    max_conversation_bytes: int = Field(
+        default=32 * MIB, ge=KIB, description="chats and judgements, pictures included"
+    )
     max_queue_depth: int = Field(
         default=1000, ge=1, description="jobs that may wait in one service"
     )

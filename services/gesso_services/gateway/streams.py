@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -66,8 +66,21 @@ async def with_heartbeats(
             pending.cancel()
 
 
-def event(name: str, data: dict[str, Any] | str) -> bytes:
-    """One event on the wire; ``data`` is an object, or JSON text already."""
+async def result_with_heartbeats(
+    work: Awaitable[T], every_s: float
+) -> AsyncGenerator[T | None, None]:
+    """``None`` after every ``every_s`` seconds of waiting, then the result of ``work``."""
+
+    async def once() -> AsyncIterator[T]:
+        yield await work
+
+    async with aclosing(with_heartbeats(once(), every_s)) as beats:
+        async for item in beats:
+            yield item
+
+
+def event(name: str | None, data: dict[str, Any] | str) -> bytes:
+    """One event on the wire; ``data`` is an object, or the text itself."""
     text = data if isinstance(data, str) else json.dumps(data, separators=(",", ":"))
     return format_sse_event(event=name, data_str=text)
 

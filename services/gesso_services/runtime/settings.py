@@ -11,8 +11,8 @@ from gesso_core.errors import ConfigError
 from pydantic import AliasChoices, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-Role = Literal["admin", "gateway", "autoencoder", "diffusion"]
-ROLES: tuple[Role, ...] = ("admin", "gateway", "autoencoder", "diffusion")
+Role = Literal["admin", "gateway", "autoencoder", "diffusion", "autoregressive"]
+ROLES: tuple[Role, ...] = ("admin", "gateway", "autoencoder", "diffusion", "autoregressive")
 
 
 def role_of(service: str) -> Role:
@@ -38,6 +38,7 @@ class BusSettings(BaseSettings):
     gateway_password: SecretStr | None = None
     autoencoder_password: SecretStr | None = None
     diffusion_password: SecretStr | None = None
+    autoregressive_password: SecretStr | None = None
     connect_timeout_s: float = Field(default=5.0, gt=0)
     reconnect_wait_s: float = Field(default=0.25, gt=0)
     request_timeout_s: float = Field(default=5.0, gt=0)

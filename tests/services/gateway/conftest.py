@@ -1,4 +1,4 @@
-"""One broker, one painter and as many gateways as a test asks for, behind real HTTP.
+"""One broker, three small services and as many gateways as a test asks for, behind real HTTP.
 
 Everything runs in one thread with its own event loop, so that tests may block.
 """
@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -28,7 +29,7 @@ from gesso_services.runtime.settings import JobSettings
 
 T = TypeVar("T")
 JOBS = JobSettings(ack_wait_s=5.0, fetch_expires_s=1.0, stop_grace_s=1.0)
-PAINTER_FILE = Path(__file__).with_name("painter.py")
+HERE = Path(__file__).parent
 
 
 class Loop:
@@ -85,15 +86,25 @@ def loop() -> Iterator[Loop]:
     loop.close()
 
 
-@pytest.fixture(scope="session")
-def painter() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gateway_painter", PAINTER_FILE)
+def load(name: str) -> ModuleType:
+    """The file beside this one; tests are no package."""
+    spec = importlib.util.spec_from_file_location(f"gateway_{name}", HERE / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["gateway_painter"] = module
+    sys.modules[f"gateway_{name}"] = module
     spec.loader.exec_module(module)
     return module
+
+
+NewSpecs = Callable[[], list[ServiceSpec]]
+
+
+@pytest.fixture(scope="session")
+def new_specs() -> NewSpecs:
+    """Painter, coder and seer, new for every broker."""
+    painter, seer = load("painter"), load("seer")
+    return lambda: [painter.painter_spec(), painter.coder_spec(), seer.seer_spec()]
 
 
 StartGateway = Callable[..., Gateway]
@@ -115,10 +126,10 @@ def provisioned_broker(loop: Loop, folder: Path) -> Iterator[NatsServer]:
 
 
 @contextlib.contextmanager
-def painter_and_coder(loop: Loop, broker: NatsServer, painter: ModuleType) -> Iterator[None]:
-    specs: list[ServiceSpec] = [painter.painter_spec(), painter.coder_spec()]
+def running_services(loop: Loop, broker: NatsServer, new_specs: NewSpecs) -> Iterator[None]:
     hosts = [
-        ServiceHost(spec, bus_settings=broker.bus_settings(), job_settings=JOBS) for spec in specs
+        ServiceHost(spec, bus_settings=broker.bus_settings(), job_settings=JOBS)
+        for spec in new_specs()
     ]
     for host in hosts:
         loop.run(host.start())
@@ -135,27 +146,40 @@ def shared_broker(loop: Loop, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 @pytest.fixture(scope="session")
-def services(loop: Loop, shared_broker: NatsServer, painter: ModuleType) -> Iterator[None]:
-    """The painter and the coder, ready."""
-    with painter_and_coder(loop, shared_broker, painter):
+def services(loop: Loop, shared_broker: NatsServer, new_specs: NewSpecs) -> Iterator[None]:
+    """All three, ready."""
+    with running_services(loop, shared_broker, new_specs):
         yield
 
 
-@pytest.fixture
-def untouched_gateway(loop: Loop, painter: ModuleType, tmp_path: Path) -> Iterator[StartGateway]:
-    """Start a gateway before a broker and services of its own, where no test has left a job."""
-    with (
-        provisioned_broker(loop, tmp_path / "nats") as broker,
-        painter_and_coder(loop, broker, painter),
-        contextlib.ExitStack() as running,
-    ):
+@pytest.fixture(scope="session")
+def start_services(loop: Loop) -> Callable[..., AbstractContextManager[Gateway]]:
+    """A gateway before a broker and services of its own, ready."""
 
-        def start(**settings: Any) -> Gateway:
+    @contextlib.contextmanager
+    def start(
+        folder: Path, new_specs: NewSpecs, *, wait: bool = True, **settings: Any
+    ) -> Iterator[Gateway]:
+        with (
+            provisioned_broker(loop, folder) as broker,
+            running_services(loop, broker, new_specs),
+        ):
             gateway = Gateway(loop, broker, GatewaySettings(**settings))
-            running.callback(gateway.stop)
-            return gateway.when_ready()
+            try:
+                yield gateway.when_ready() if wait else gateway
+            finally:
+                gateway.stop()
 
-        yield start
+    return start
+
+
+@pytest.fixture
+def untouched_gateway(start_services: Any, new_specs: NewSpecs, tmp_path: Path) -> Iterator[Any]:
+    """Start a gateway where no test has left a job."""
+    with contextlib.ExitStack() as running:
+        yield lambda **settings: running.enter_context(
+            start_services(tmp_path / "nats", new_specs, **settings)
+        )
 
 
 @pytest.fixture(scope="session")

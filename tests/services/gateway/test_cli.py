@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from gesso_core.pipelines.pictures import decode_picture, encode_picture
+from gesso_core.pipelines.videos import decode_video, encode_video
 from gesso_services.cli.main import app
 from typer.testing import CliRunner, Result
 
@@ -80,6 +81,58 @@ def test_generate_works_in_this_process_without_a_server(
 
 
 @pytest.mark.broker
+def test_generate_draws_many_and_keeps_the_best(asked: Run, tmp_path: Path) -> None:
+    words = ("--model", "hart-tiny", "--seed", "7", "--best-of", "4", "-n", "2", "--top-k", "600")
+    result = asked("generate", "a red apple", *words)
+    assert result.stdout == (
+        "gesso-1.png  seed 10  score 0.039\ngesso-2.png  seed 9  score 0.035\n"
+    ), result.output
+
+
+@pytest.fixture
+def white(tmp_path: Path) -> str:
+    (tmp_path / "white.png").write_bytes(encode_picture(np.full((64, 64, 3), 255, np.uint8)))
+    return "white.png"
+
+
+@pytest.mark.broker
+def test_vary_writes_a_picture_that_begins_like_another(
+    asked: Run, tmp_path: Path, white: str
+) -> None:
+    result = asked("vary", white, "a pear", "--keep", "2", "--seed", "5", "-o", "b.png")
+    assert result.stdout == "b.png  seed 5\n", result.output
+    pixels = decode_picture((tmp_path / "b.png").read_bytes())
+    assert (pixels[:32] == 255).all()
+    assert (pixels[32:, :, 2] == 5).all()
+
+
+@pytest.mark.broker
+def test_video_writes_a_file_that_plays(asked: Run, tmp_path: Path) -> None:
+    result = asked("video", "a kite", "-o", "kite.gif", "--seed", "3", "--fps", "5")
+    assert result.stdout == "kite.gif  seed 3  1 s\n", result.output
+    assert len(decode_video((tmp_path / "kite.gif").read_bytes(), 100)) == 5
+
+
+@pytest.mark.broker
+def test_ask_says_what_is_in_pictures_and_videos(asked: Run, tmp_path: Path, white: str) -> None:
+    seen = "A picture of 64 by 64, mostly red."
+    assert asked("ask", white, "what is this?").stdout == f"{seen}\n"
+    frames = np.zeros((3, 32, 32, 3), np.uint8) + np.arange(3, dtype=np.uint8)[:, None, None, None]
+    (tmp_path / "a.mp4").write_bytes(encode_video(frames))
+    assert asked("ask", white, "a.mp4", "and?").stdout == f"{seen} A video of 3 frames.\n"
+    cut = asked("ask", "hello", "--seed", "4", "--max-tokens", "2")
+    assert cut.stdout == "I see\n"
+    assert "cut after 2 tokens" in cut.stderr
+
+
+@pytest.mark.broker
+def test_judge_prints_a_score_for_each_picture(asked: Run, tmp_path: Path, white: str) -> None:
+    (tmp_path / "black.png").write_bytes(encode_picture(np.zeros((8, 8, 3), np.uint8)))
+    result = asked("judge", white, "black.png", "something blue")
+    assert result.stdout == "white.png  1.0000\nblack.png  0.0000\n"
+
+
+@pytest.mark.broker
 def test_reconstruct_prints_the_quality(asked: Run, tmp_path: Path) -> None:
     (tmp_path / "in.png").write_bytes(encode_picture(np.zeros((32, 32, 3), np.uint8)))
     result = asked("reconstruct", "in.png", "-o", "out.png")
@@ -97,6 +150,20 @@ def test_reconstruct_prints_the_quality(asked: Run, tmp_path: Path) -> None:
         (("generate", ""), "at least 1 character"),
         (("generate", "too large"), "try a smaller size"),
         (("reconstruct", "missing.png"), "missing.png: No such file"),
+        (("generate", "x", "--best-of", "2", "-n", "3"), "best_of 2 is less than the 3"),
+        (("generate", "x", "--judge", "vilau-tiny"), "nothing to choose from"),
+        (("vary", "missing.png", "x"), "missing.png: No such file"),
+        (("vary", "in.txt", "x"), "do not begin like a picture"),
+        (("vary", "in.txt", "x", "-o", "a.gif"), "use one of .png"),
+        (("video", "x", "-o", "a.png"), "use one of .mp4, .webp, .gif"),
+        (("video", "x", "--model", "hart-tiny"), "cannot make a video here"),
+        (("ask", "missing.png", "what?"), "missing.png: No such file"),
+        (("ask", "in.txt"), "put the question in quotes"),
+        (("ask", "in.txt", "what?"), "do not begin like a picture"),
+        (("ask", "what?", "--model", "sana-tiny"), "use vilau-tiny"),
+        (("judge", "in.txt"), "put the prompt in quotes"),
+        (("judge", "a cat"), "no picture before 'a cat'"),
+        (("judge", "in.txt", "a cat"), "do not begin like a picture"),
         (("jobs", "watch", "nobody"), "no job 'nobody'"),
         (("jobs", "cancel", "nobody"), "no job 'nobody'"),
         (("models", "pull", "sanna"), "unknown model 'sanna'"),
@@ -107,11 +174,17 @@ def test_reconstruct_prints_the_quality(asked: Run, tmp_path: Path) -> None:
     ],
     ids=lambda value: " ".join(value)[:40],
 )
-def test_an_error_is_one_sentence(asked: Run, words: tuple[str, ...], sentence: str) -> None:
+def test_an_error_is_one_sentence(
+    asked: Run, tmp_path: Path, words: tuple[str, ...], sentence: str
+) -> None:
+    (tmp_path / "in.txt").write_text("hello, world")
     failed(asked(*words), sentence)
 
 
-@pytest.mark.parametrize("command", [("generate", "x"), ("jobs", "list"), ("jobs", "watch", "x")])
+@pytest.mark.parametrize(
+    "command",
+    [("generate", "x"), ("video", "x"), ("ask", "x"), ("jobs", "list"), ("jobs", "watch", "x")],
+)
 def test_without_a_server_it_says_how_to_start_one(run: Run, command: tuple[str, ...]) -> None:
     failed(run(*command, "--url", "http://127.0.0.1:1"), "no gesso server", "gesso up")
 

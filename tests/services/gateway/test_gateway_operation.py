@@ -51,7 +51,9 @@ def test_metrics_count_answers_by_route_and_show_the_queue(http: httpx2.Client) 
 @pytest.mark.broker
 def test_models_come_from_the_services_that_answer(http: httpx2.Client) -> None:
     models = {model["id"]: model for model in http.get("/v1/models").json()["data"]}
-    assert set(models) == {"sana-tiny", "dcae-tiny"}
+    served = ["sana-tiny", "hart-tiny", "vilau-tiny", "vila-u-7b-256"]
+    served += ["from-a-folder", "dcae-tiny"]
+    assert list(models) == served
     assert models["sana-tiny"]["default_size"] in models["sana-tiny"]["sizes"]
     assert http.get("/v1/models/sana-tiny").json() == models["sana-tiny"]
     assert http.get("/v1/models/sana-1.6b-1024").status_code == 404

@@ -241,8 +241,13 @@ def test_a_closed_server_wants_one_of_its_keys(start_gateway: Any) -> None:
             assert body["error"]["type"] == "authentication_error"
             assert answer.headers["www-authenticate"] == "Bearer"
             assert "first" not in answer.text
-        for path in ("/v1/models", "/v1/jobs", "/v1/jobs/one", "/v1/images/one/content"):
+        for path in (
+            *("/v1/models", "/v1/jobs", "/v1/jobs/one", "/v1/images/one/content"),
+            *("/v1/videos/one", "/v1/videos/one/content"),
+        ):
             assert http.get(path).status_code == 401
+        for path in ("images/variations", "chat/completions", "judgements", "videos"):
+            assert http.post(f"/v1/{path}", json={}).status_code == 401
         key = {"Authorization": "Bearer second"}
         assert http.post(GENERATIONS, json=APPLE, headers=key).status_code == 200
         for path in ("/", "/health/live", "/health/ready", "/openapi.json"):

@@ -9,6 +9,7 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.select import Select
 from selenium.webdriver.support.wait import WebDriverWait
 
 pytestmark = [pytest.mark.browser, pytest.mark.broker]
@@ -122,6 +123,32 @@ def test_suggestions_appear_for_an_unknown_subject_and_paint_when_clicked(page: 
     idea.click()
     page.until(lambda: page["prompt"].get_attribute("value") == "a yellow star")
     page.until(lambda: page.shows_picture and not page["suggestions"].is_displayed())
+
+
+def test_all_models_that_draw_can_be_chosen_and_draw(page: Page) -> None:
+    choice = Select(page["model"])
+    names = ["sana-tiny", "hart-tiny", "vilau-tiny", "vila-u-7b-256", "from-a-folder"]
+    assert [option.text for option in choice.options] == names
+    choice.select_by_visible_text("hart-tiny")
+    page.paint("a red apple")
+    page.until(lambda: page.shows_picture)
+    page.driver.find_element(By.CSS_SELECTOR, "#made summary").click()
+    assert "hart-tiny" in page["provenance"].text
+
+
+def test_a_question_about_the_picture_is_answered_under_it(page: Page) -> None:
+    assert not page["ask"].is_displayed()
+    page.paint("a red apple")
+    page.until(lambda: page.shows_picture)
+    page["question"].send_keys("slowly, what is this?", Keys.ENTER)
+    page.until(lambda: page["answer"].text.startswith("A picture"))
+    page.until(lambda: page["answer"].text.startswith("A picture of 64 by 64, mostly"))
+    page["question"].clear()
+    page["question"].send_keys("too large", Keys.ENTER)
+    page.until(lambda: "show fewer pictures" in page["answer"].text)
+    page.paint("a green apple")
+    page.until(lambda: page.shows_picture and page["answer"].text == "")
+    assert page.complaints() == []
 
 
 def test_a_failure_is_a_sentence_and_the_next_picture_works(page: Page) -> None:

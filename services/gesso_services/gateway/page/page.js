@@ -10,6 +10,7 @@ const KEY_STORAGE = "gesso-api-key";
 
 const $ = (id) => document.getElementById(id);
 let running = null; // AbortController of the request on its way
+let asking = null; // and of the question about the picture
 let models = [];
 
 // ---------------------------------------------------------------- talking to the gateway
@@ -40,7 +41,8 @@ async function* events(body) {
     rest = blocks.pop();
     for (const block of blocks) {
       const lines = block.split("\n").filter((line) => line.startsWith("data:"));
-      if (lines.length) yield JSON.parse(lines.map((line) => line.slice(5)).join("\n"));
+      const data = lines.map((line) => line.slice(5)).join("\n").trim();
+      if (data && data !== "[DONE]") yield JSON.parse(data);
     }
   }
 }
@@ -78,7 +80,8 @@ async function watchReadiness() {
 async function loadModels() {
   try {
     const list = await (await call("/v1/models")).json();
-    models = list.data.filter((model) => model.task === "text-to-image");
+    models = list.data.filter((model) => model.tasks.includes("text-to-image"));
+    $("ask").hidden = !list.data.some((model) => model.tasks.includes("image-to-text"));
     $("key-box").hidden = !$("key").value;
     fillSelect($("model"), models.map((model) => [model.id, model.id]));
     sizesOfModel();
@@ -123,16 +126,16 @@ function order() {
   return wanted;
 }
 
+function post(body, { signal }) {
+  const headers = { "Content-Type": "application/json" };
+  return { method: "POST", headers, body: JSON.stringify(body), signal };
+}
+
 async function paint() {
   running = new AbortController();
   busy(true);
   try {
-    const answer = await call("/v1/images/generations", {
-      method: "POST",
-      headers: { "Content-Type": "application/json" },
-      body: JSON.stringify(order()),
-      signal: running.signal,
-    });
+    const answer = await call("/v1/images/generations", post(order(), running));
     for await (const event of events(answer.body)) show(event);
   } catch (error) {
     if (error.status === 401) askForKey(error);
@@ -173,6 +176,7 @@ function finished(event) {
   provenance(event.metadata);
   suggestions(event.metadata);
   $("made").hidden = false;
+  $("answer").textContent = "";
   shelve($("picture").src, $("prompt").value);
 }
 
@@ -216,11 +220,42 @@ function shelve(source, prompt) {
   image.src = source;
   image.alt = prompt;
   button.append(image);
-  button.addEventListener("click", () => { $("picture").src = source; });
+  button.addEventListener("click", () => {
+    asking?.abort();
+    $("picture").src = source;
+    $("answer").textContent = "";
+  });
   item.append(button);
   $("shelf").prepend(item);
   if ($("shelf").children.length > SHELF_LENGTH) $("shelf").lastChild.remove();
 }
+
+// ---------------------------------------------------------------- asking about the picture
+
+async function ask() {
+  asking?.abort();
+  const mine = (asking = new AbortController());
+  const text = $("question").value.trim() || $("question").placeholder;
+  const content = [
+    { type: "image_url", image_url: { url: $("picture").src } },
+    { type: "text", text },
+  ];
+  $("answer").textContent = "…";
+  try {
+    const body = { messages: [{ role: "user", content }], stream: true };
+    const answer = await call("/v1/chat/completions", post(body, mine));
+    let said = "";
+    for await (const chunk of events(answer.body)) {
+      if (chunk.error) throw new Refused(chunk.status, chunk);
+      said += chunk.choices[0]?.delta.content ?? "";
+      $("answer").textContent = said || "…";
+    }
+  } catch (error) {
+    if (error.name !== "AbortError") $("answer").textContent = error.message;
+  }
+}
+
+// ---------------------------------------------------------------- what is shown when
 
 function busy(yes) {
   $("generate").disabled = yes;
@@ -228,6 +263,7 @@ function busy(yes) {
   $("progress").hidden = !yes;
   if (!yes) return;
   fail(null);
+  asking?.abort();
   $("suggestions").hidden = true;
   $("made").hidden = true;
   $("progress").value = 0;
@@ -265,6 +301,11 @@ $("prompt").addEventListener("keydown", (event) => {
 $("form").addEventListener("submit", (event) => {
   event.preventDefault();
   if (!running) paint();
+});
+
+$("ask").addEventListener("submit", (event) => {
+  event.preventDefault();
+  ask();
 });
 
 watchReadiness();

@@ -1,0 +1,207 @@
+"""From what a person says and shows to filled rows of the language model.
+
+Every prompt begins like every other one: with the template's first words. Their keys and values are
+computed once per model and copied into each row, and so are those of the unconditional prompt.
+"""
+
+# N visual tokens of a picture   D codes of a visual token   S width of the states
+
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gesso_core.errors import InvalidRequest
+from gesso_core.models.vila_u.config import SPECIAL_TOKENS
+from gesso_core.models.vila_u.model import VilaU
+from gesso_core.models.vila_u.splice import Picture, Row, pad_rows, splice
+from gesso_core.models.vila_u.template import (
+    PLACEHOLDER,
+    Template,
+    Turn,
+    conversation_text,
+    head_text,
+    picture_prompt,
+    tokenize,
+)
+from gesso_core.models.vila_u.vision_tower import preprocess
+from gesso_core.pipelines.pictures import Pixels
+from gesso_core.pipelines.vila_u_draft import Part, Stream, Utterance, Video
+
+
+class Prompter:
+    """Builds prompts of one model and feeds them to its language model."""
+
+    def __init__(self, model: VilaU, tokenizer: Any) -> None:
+        self.model, self.tokenizer, self.config = model, tokenizer, model.config
+        self.template = model.config.template
+        self._reserved = _reserved_words(tokenizer)
+        self._lock = threading.Lock()
+        self._head: tuple[list[int], Stream] | None = None
+        self._unconditional: dict[bool, Stream] = {}
+
+    def picture_ids(self, prompt: str, *, video: bool = False) -> list[int]:
+        """Token ids of a request for a picture, which end with the start marker."""
+        text = conversation_text(self.template, picture_prompt(prompt))
+        return tokenize(self.tokenizer, f"{text} {'<vi_start>' if video else '<im_start>'}")
+
+    def conversation(self, utterances: Sequence[Utterance]) -> Row:
+        """A conversation with its pictures as one row that asks for the next answer; see `read`."""
+        ids, pictures = self.read(utterances)
+        return self.row(ids, self.encode(pictures))
+
+    def read(self, utterances: Sequence[Utterance]) -> tuple[list[int], list[Pixels]]:
+        """Token ids of a conversation with places for its pictures, and the pictures.
+
+        Raises:
+            InvalidRequest: turns that do not alternate, a text with reserved words, a picture that
+                is none, a video for a model that sees none, a conversation over the context.
+        """
+        template, turns, pictures = self.template, [], list[Pixels]()
+        for number, utterance in enumerate(utterances):
+            text, shown = self._said(utterance.parts)
+            if utterance.role == "system":
+                template = self._with_system(template, text, number, shown)
+                continue
+            turns.append(Turn(role=utterance.role, text=text))
+            pictures += shown
+        if not turns or turns[-1].role != "user":
+            raise InvalidRequest(
+                "the conversation does not end with a message of the user; send one to answer",
+                field="messages",
+            )
+        return tokenize(self.tokenizer, conversation_text(template, turns)), pictures
+
+    def row(self, ids: Sequence[int], pictures: Sequence[Picture]) -> Row:
+        """Ids with placeholders and their pictures, spliced."""
+        depth, vocabulary = self.config.depth.depth, self.config.vocabulary
+        return splice(ids, pictures, depth=depth, vocabulary=vocabulary)
+
+    def encode(self, pictures: Sequence[Pixels]) -> list[Picture]:
+        """Codes of pictures of any size; each is encoded alone, so that none changes another's."""
+        tower, device = self.model.tower, self.model.device
+        dtype = next(tower.parameters()).dtype
+        coded = []
+        for pixels_HWC in pictures:
+            signal = preprocess(pixels_HWC, tower.config.image_size).to(device, dtype)
+            codes_BhwD = tower.encode(signal[None]).codes_BhwD
+            coded.append(Picture(codes_ND=codes_BhwD.flatten(1, 2)[0].cpu()))
+        return coded
+
+    def check_words(self, text: str, field: str) -> None:
+        """Refuse texts with words that mean something else to the model."""
+        found = [word for word in self._reserved if word in text]
+        if found:
+            raise InvalidRequest(
+                f"the text holds {found[0]!r}, which is a mark of the model; leave it out",
+                field=field,
+            )
+
+    def check_length(self, tokens: int, more: int, field: str) -> None:
+        """Refuse what does not fit into the context together with what shall be drawn."""
+        if tokens + more > self.config.context:
+            raise InvalidRequest(
+                f"the prompt has {tokens} tokens and {more} are to be drawn; the model takes "
+                f"{self.config.context} together, so at most {self.config.context - more} in the "
+                "prompt: shorten it, or show fewer pictures",
+                field=field,
+            )
+
+    def fill(self, row: Row, more: int) -> Stream:
+        """Feed a prompt, with room for ``more`` tokens behind it."""
+        return self.fill_all([row], more)[0]
+
+    def fill_all(self, rows: Sequence[Row], more: int) -> list[Stream]:
+        """Feed prompts of one length together."""
+        shared = min(self._shared_with_head(row) for row in rows)
+        _, head = self._head_stream()
+        batch = pad_rows(rows).to(self.model.device)
+        embeddings_BLS = self.model.embed(batch)[:, shared:]
+        length = len(rows[0])
+        caches = [
+            self.model.rows.new_cache(length + more, embeddings_BLS, head.cache, shared)
+            for _ in rows
+        ]
+        states_BLS = self.model.rows(embeddings_BLS, caches, [shared] * len(rows))
+        return [Stream(c, length, s) for c, s in zip(caches, states_BLS[:, -1], strict=True)]
+
+    def unconditional(self, more: int, *, video: bool = False) -> Stream:
+        """The prompt that asks for any picture, copied from the first time it was fed."""
+        with self._lock:
+            kept = self._unconditional.get(video)
+        if kept is None:
+            kept = self.fill(self.row(self.picture_ids("", video=video), []), 0)
+            with self._lock:
+                self._unconditional[video] = kept
+        cache = self.model.rows.new_cache(kept.length + more, kept.state_S, kept.cache, kept.length)
+        return Stream(cache, kept.length, kept.state_S)
+
+    def feed_codes(self, stream: Stream, codes_ND: Tensor) -> Stream:
+        """Continue a row with visual tokens that are given."""
+        if not len(codes_ND):
+            return stream
+        embeddings_NS = self.model.embed_codes(codes_ND.to(self.model.device))
+        states_1NS = self.model.rows(embeddings_NS[None], [stream.cache], [stream.length])
+        return Stream(stream.cache, stream.length + len(codes_ND), states_1NS[0, -1])
+
+    def _head_stream(self) -> tuple[list[int], Stream]:
+        with self._lock:
+            if self._head is None:
+                ids = tokenize(self.tokenizer, head_text(self.template))
+                embeddings = self.model.embed_text(torch.tensor([ids], device=self.model.device))
+                cache = self.model.rows.new_cache(len(ids), embeddings)
+                states = self.model.rows(embeddings, [cache], [0])
+                self._head = ids, Stream(cache, len(ids), states[0, -1])
+            return self._head
+
+    def _shared_with_head(self, row: Row) -> int:
+        """How many tokens a prompt has in common with every other one; one is left to be fed."""
+        ids, _ = self._head_stream()
+        most = min(len(ids), len(row) - 1)
+        same = (row.ids_L[:most] == torch.tensor(ids[:most])) & (row.codes_LD[:most, 0] < 0)
+        return most if bool(same.all()) else int(same.long().argmin())
+
+    def _said(self, parts: Sequence[Part]) -> tuple[str, list[Pixels]]:
+        """The text of one utterance, every picture on a line of its own, and the pictures."""
+        pieces: list[str] = []
+        pictures: list[Pixels] = []
+        for part in parts:
+            if isinstance(part, str):
+                self.check_words(part, "messages")
+                pieces.append(part.strip())
+                continue
+            frames = self._frames(part) if isinstance(part, Video) else [part]
+            pieces += [PLACEHOLDER] * len(frames)
+            pictures += frames
+        return "\n".join(piece for piece in pieces if piece), pictures
+
+    def _frames(self, video: Video) -> list[Pixels]:
+        """As many frames as the model looks at, evenly spread over the video."""
+        wanted = self.config.video_frames
+        if not wanted:
+            raise InvalidRequest("this model sees no videos; send pictures", field="video")
+        frames_FHW3 = video.frames_FHW3
+        if frames_FHW3.ndim != 4 or not len(frames_FHW3):
+            raise InvalidRequest(
+                f"a video of shape {frames_FHW3.shape}; send (frames, height, width, 3)",
+                field="video",
+            )
+        chosen = np.linspace(0, len(frames_FHW3) - 1, wanted).round().astype(int)
+        return [frames_FHW3[index] for index in chosen]
+
+    def _with_system(
+        self, template: Template, text: str, number: int, shown: Sequence[Pixels]
+    ) -> Template:
+        if number or shown:
+            raise InvalidRequest(
+                "a system message comes first, once, and holds text only", field="messages"
+            )
+        return replace(template, system=text, system_sha256=None)
+
+
+def _reserved_words(tokenizer: Any) -> tuple[str, ...]:
+    return (PLACEHOLDER, *SPECIAL_TOKENS, *(str(token) for token in tokenizer.all_special_tokens))

@@ -1,0 +1,170 @@
+"""Jobs that draw: pictures from words, pictures from pictures, short videos."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from gesso_contracts import messages as m
+from gesso_contracts.blobs import BlobRef, Payload
+from gesso_core.errors import InvalidRequest
+from gesso_core.lora.library import LoraUse
+from gesso_core.pipelines.draw import Draws
+from gesso_core.pipelines.pictures import Pixels, covering
+from gesso_core.pipelines.recipe import GenerationRequest
+from gesso_core.pipelines.videos import MEDIA_TYPES, encode_video
+from torch import Tensor
+
+from gesso_services.autoregressive_models import drawing_bytes, made_by, seeing, sees
+from gesso_services.autoregressive_workshop import Workshop
+from gesso_services.painting import Sketch
+from gesso_services.previews import Previews
+from gesso_services.provenance import provenance_message
+from gesso_services.runtime.job_context import JobContext
+
+WISHES = (
+    *("prompt", "negative_prompt", "width", "height", "seed", "steps", "sampler"),
+    *("guidance_scale", "top_k", "top_p"),
+)
+
+
+class Drawing:
+    """Handlers of the jobs that draw."""
+
+    def __init__(self, workshop: Workshop) -> None:
+        self.workshop = workshop
+
+    async def generate_image(self, request: m.GenerateImage, job: JobContext) -> m.ImageReady:
+        """Text to picture."""
+        model = self.workshop.model(request.model)
+        recipe = model.recipe(_wish(request))
+        return await self._picture(model, recipe, None, request, job)
+
+    async def vary_image(self, request: m.VaryImage, job: JobContext) -> m.ImageReady:
+        """A picture that keeps the first scales or rows of another, or was drawn looking at it."""
+        model = self.workshop.model(request.model)
+        looks = request.keep == 0
+        if looks and not sees(model):
+            raise InvalidRequest(
+                f"{model.entry.name} goes on from a picture but sees none; keep at least 1 of its "
+                "scales",
+                field="keep",
+            )
+        recipe = model.recipe(_wish(request, keep=None if looks else request.keep))
+        pixels = await self.workshop.opened(request.image, "image")
+        return await self._picture(model, recipe, pixels, request, job)
+
+    async def generate_video(self, request: m.GenerateVideo, job: JobContext) -> m.VideoReady:
+        """Text to a short video: its frames are drawn one after another, in one stream."""
+        model = seeing(self.workshop.model(request.model))
+        recipe = model.video_recipe(_video_wish(request, model.entry.native_size))
+        async with self._previews(model, job, request.preview_every) as previews:
+            latents = await self._drawn(model, recipe, None, job, previews, model.frames)
+            sketches = [_sketch(model, recipe, latent) for latent in latents]
+            frames = np.stack([await self.workshop.painter.pixels(one, job) for one in sketches])
+        data = await asyncio.to_thread(
+            encode_video, frames, request.output_format, frames_per_s=request.frames_per_s
+        )
+        made = await self.workshop.aside(made_by, model, recipe)
+        count, height, width = frames.shape[:3]
+        return m.VideoReady(
+            video=await self.workshop.blobs.put(data, MEDIA_TYPES[request.output_format]),
+            frames=count,
+            frames_per_s=request.frames_per_s,
+            width=width,
+            height=height,
+            seed=recipe.seed,
+            provenance=provenance_message(made),
+        )
+
+    async def _picture(
+        self,
+        model: Draws,
+        recipe: Any,
+        given: Pixels | None,
+        request: m.GenerateImage,
+        job: JobContext,
+    ) -> m.ImageReady:
+        async with self._previews(model, job, request.preview_every) as previews:
+            latent_CHW = await self._drawn(model, recipe, given, job, previews, model.latent)
+            sketch = _sketch(model, recipe, latent_CHW)
+            decoded = await self.workshop.painter.picture(sketch, request.output_format, job)
+        made = await self.workshop.aside(made_by, model, recipe)
+        return m.ImageReady(
+            image=await self._as_blob(decoded.image),
+            width=decoded.width,
+            height=decoded.height,
+            seed=recipe.seed,
+            provenance=provenance_message(made),
+        )
+
+    async def _drawn(
+        self,
+        model: Draws,
+        recipe: Any,
+        given: Pixels | None,
+        job: JobContext,
+        previews: Previews[Any],
+        result: Callable[[Any], Any],
+    ) -> Any:
+        """The ``result`` of the finished draft; its keys and values are gone when this returns."""
+        start = None if given is None else await self._start(model, recipe, given, job)
+        need = drawing_bytes(model, recipe, shown=given is not None)
+        async with self.workshop.room.reserved(need, job, what=f"a drawing of {model.entry.name}"):
+            draft = await self.workshop.aside(model.begin, recipe, start)
+
+            def on_step(draft: Any) -> None:
+                job.report(draft.steps_done, draft.total_steps)
+                previews.offer(draft)
+
+            return result(await self.workshop.finish(model, draft, job, on_step=on_step))
+
+    async def _start(
+        self, model: Draws, recipe: Any, given: Pixels, job: JobContext
+    ) -> Pixels | Tensor:
+        """A picture as its model takes it: pixels for one that sees, otherwise a latent."""
+        if sees(model):
+            return given
+        fitted = covering(given, *recipe.model_size)
+        return await self.workshop.painter.latent(model.autoencoder, fitted, job)
+
+    def _previews(self, model: Draws, job: JobContext, every: int) -> Previews[Any]:
+        """Shows drafts of ``model`` until the finished picture is painted."""
+
+        async def paint(draft: Any) -> bytes:
+            sketch = _sketch(model, draft.recipe, model.latent(draft))
+            return await self.workshop.painter.preview(sketch)
+
+        return Previews(paint, job, every=every)
+
+    async def _as_blob(self, image: Payload) -> BlobRef:
+        if isinstance(image, BlobRef):
+            return image
+        return await self.workshop.blobs.put(image.data, image.media_type)
+
+
+def _sketch(model: Draws, recipe: Any, latent_CHW: Tensor) -> Sketch:
+    return Sketch(
+        autoencoder=model.autoencoder,
+        latent_CHW=latent_CHW,
+        height=recipe.height,
+        width=recipe.width,
+    )
+
+
+def _wish(request: m.GenerateImage, keep: int | None = None) -> GenerationRequest:
+    wished = {name: getattr(request, name) for name in WISHES}
+    loras = tuple(LoraUse(name=use.name, strength=use.strength) for use in request.loras)
+    return GenerationRequest(**wished, loras=loras, keep=keep)
+
+
+def _video_wish(request: m.GenerateVideo, side: int) -> GenerationRequest:
+    return GenerationRequest(
+        prompt=request.prompt,
+        width=side,
+        height=side,
+        seed=request.seed,
+        guidance_scale=request.guidance_scale,
+        top_k=request.top_k,
+        top_p=request.top_p,
+    )
