@@ -9,13 +9,13 @@ from gesso_contracts import messages as m
 from gesso_contracts.blobs import BlobRef, Payload
 from gesso_core.errors import InvalidRequest
 from gesso_core.lora.library import LoraUse
-from gesso_core.pipelines.draw import Draws
+from gesso_core.pipelines.draw import Draws, made_by
 from gesso_core.pipelines.pictures import Pixels, covering
 from gesso_core.pipelines.recipe import GenerationRequest
 from gesso_core.pipelines.videos import MEDIA_TYPES, encode_video
 from torch import Tensor
 
-from gesso_services.autoregressive_models import drawing_bytes, made_by, seeing, sees
+from gesso_services.autoregressive_models import drawing_bytes, seeing, sees
 from gesso_services.autoregressive_workshop import Workshop
 from gesso_services.painting import Sketch
 from gesso_services.previews import Previews

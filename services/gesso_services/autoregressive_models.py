@@ -9,10 +9,8 @@ from gesso_core.pipelines import vila_u_room
 from gesso_core.pipelines.draw import Draws, family_of
 from gesso_core.pipelines.hart import HartPipeline
 from gesso_core.pipelines.hart_load import load_hart
-from gesso_core.pipelines.provenance import Provenance, provenance
 from gesso_core.pipelines.vila_u import VilaUPipeline
 from gesso_core.pipelines.vila_u_load import load_vila_u
-from gesso_core.text.domain import Verdict
 
 
 def load(
@@ -47,10 +45,3 @@ def drawing_bytes(model: Draws, recipe: Any, *, shown: bool) -> int:
         return vila_u_room.drawing_bytes(model, recipe, shown=in_prompt)
     assert isinstance(model, HartPipeline)
     return model.kv_bytes(recipe)
-
-
-def made_by(model: Draws, recipe: Any) -> Provenance:
-    """What a picture after ``recipe`` was made by."""
-    domain = model.domain
-    verdict = Verdict(None) if domain is None else domain.judge([recipe.prompt])[0]
-    return provenance(recipe, model.identity, verdict)

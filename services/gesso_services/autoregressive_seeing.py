@@ -1,5 +1,6 @@
 """Jobs and calls about what is seen: answers in a conversation, and judgements of pictures."""
 
+import asyncio
 import uuid
 
 from gesso_contracts import conversations as c
@@ -87,4 +88,4 @@ class Seeing:
     async def _video(self, model: VilaUPipeline, part: c.VideoPart) -> Video:
         data = await self.workshop.blobs.read(part.video)
         most = max(1, model.model.config.video_frames)
-        return Video(await self.workshop.aside(decode_video, data, most))
+        return Video(await asyncio.to_thread(decode_video, data, most))

@@ -106,7 +106,9 @@ class Workshop:
         """The pixels of a picture that came along; UnreadableImage names ``field``."""
         data = await self.blobs.read(payload)
         try:
-            return await self.aside(decode_picture, data, max_pixels=self.settings.max_pixels)
+            return await asyncio.to_thread(
+                decode_picture, data, max_pixels=self.settings.max_pixels
+            )
         except UnreadableImage as error:
             raise UnreadableImage(error.message, field=field) from error
 

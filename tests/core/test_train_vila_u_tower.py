@@ -14,7 +14,13 @@ from gesso_core.train.captions import draw_records
 from gesso_core.train.matrix_muon import matrix_muon
 from gesso_core.train.sprites import SpriteSet
 from gesso_core.train.text_cache import encode_captions
-from gesso_core.train.tower_quality import codebook_use, recognition, reconstruction_quality
+from gesso_core.train.tower_quality import (
+    codebook_use,
+    recognition,
+    reconstruction_quality,
+    tower_quality,
+)
+from gesso_core.train.tower_start import start_linear, start_tables
 from gesso_core.train.vila_u_tower import (
     ENCODER,
     STATE,
@@ -24,8 +30,6 @@ from gesso_core.train.vila_u_tower import (
     contrastive_loss,
     encode_pictures,
     load_tower_run,
-    start_linear,
-    start_tables,
     train_tower,
 )
 from torch import Generator
@@ -122,6 +126,7 @@ def test_the_first_tables_hold_vectors_of_the_batch(data: CaptionedPictures) -> 
     assert errors[-1] < errors[0] < float(latent.square().mean())
 
 
+@pytest.mark.slow
 def test_a_run_freezes_its_encoder_on_the_way_and_ends_with_a_whole_tower(
     data: CaptionedPictures, tmp_path: Path
 ) -> None:
@@ -159,7 +164,9 @@ def test_a_matching_pair_costs_less_than_a_swapped_one(data: CaptionedPictures) 
     assert uncounted < right
 
 
-def test_quality_is_measured_with_and_without_codes(data: CaptionedPictures) -> None:
+def test_quality_is_measured_with_and_without_codes(
+    data: CaptionedPictures, sprite_set: SpriteSet
+) -> None:
     torch.manual_seed(0)
     tower = VisionTower(SMALL).eval()
     pixels = data.compositions(*data.held_out())
@@ -168,6 +175,7 @@ def test_quality_is_measured_with_and_without_codes(data: CaptionedPictures) -> 
     assert 0 < found["psnr_db"] < 30
     told = recognition(tower, data)
     assert all(0 <= told[name] <= 1 for name in told if name != "pictures")
+    assert tower_quality(tower, data, sprite_set)["held-out compositions"] == found
     codes = torch.tensor([0, 0, 1, 1]).view(1, 2, 2, 1)
     use = codebook_use(codes, entries=4)
     assert use["used, any depth"] == 0.5

@@ -18,6 +18,7 @@ from gesso_core.models.vila_u.code_sampling import (
     uniforms,
 )
 from gesso_core.models.vila_u.depth_transformer import DepthConfig, DepthTransformer
+from gesso_core.models.vila_u.drawing import Rows
 from gesso_core.models.vila_u.losses import training_losses
 from gesso_core.models.vila_u.packing import block_diagonal_mask, pack_rows
 from gesso_core.models.vila_u.splice import IGNORED, IMAGE_PLACEHOLDER, Picture, pad_rows, splice
@@ -105,6 +106,8 @@ def test_filters_of_a_batch_are_those_of_each_row() -> None:
         alone = probabilities(logits[row : row + 1], top_k[row : row + 1], top_p[row : row + 1])
         assert torch.equal(together[row], alone[0])
     assert int((together[0] > 0).sum()) == 1
+    in_turn = top_p_filter(top_k_filter(logits, top_k).softmax(dim=-1), top_p)
+    torch.testing.assert_close(together, in_turn)
 
 
 def test_a_draw_follows_the_probabilities_and_never_takes_what_was_filtered() -> None:
@@ -124,7 +127,8 @@ def test_random_numbers_come_from_the_seed_alone() -> None:
 
 def test_guidance_moves_away_from_the_unconditional_row() -> None:
     logits = torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]])
-    moved = guided(logits, [(0, 2), (1, 1)], torch.tensor([3.0, 3.0]))
+    rows = Rows(((0, 2), (1, 1)), torch.device("cpu"))
+    moved = guided(logits, rows.conditional, rows.unconditional, torch.tensor([3.0, 3.0]))
     assert moved.tolist() == [[3.0, -2.0], [0.5, 0.5]]
 
 

@@ -1,6 +1,8 @@
 """VILA-U's vision tower: quantizer, encoder, decoder, projector, names, folders."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,6 +46,7 @@ from gesso_core.models.vila_u.vision_tower import (
     preprocess,
     siglip_vision_config,
 )
+from gesso_core.pipelines.autoencoder import Autoencoder
 from gesso_core.train.publish_vila_u_tower import publish_projector, publish_tower
 from torch import Generator, Tensor
 from transformers import SiglipConfig, SiglipModel, SiglipVisionModel
@@ -268,6 +271,21 @@ def test_a_tower_in_bfloat16_keeps_its_distances_in_float32(tower: VisionTower) 
     assert half.decode(found.features_BhwC).isfinite().all()
 
 
+def test_the_autoencoder_service_paints_from_a_published_folder(
+    tmp_path: Path, tower: VisionTower
+) -> None:
+    publish_tower(tower, tmp_path)
+    autoencoder = Autoencoder.load(tmp_path)
+    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    latent = autoencoder.encode(picture)
+    loaded = load_vila_u_tower(tmp_path)
+    codes = loaded.encode(preprocess(picture, 32)[None])
+    torch.testing.assert_close(latent, codes.features_BhwC[0].permute(2, 0, 1))
+    painted = loaded.decode(codes.features_BhwC)[0].permute(1, 2, 0)
+    expected = ((painted + 1) * 127.5).round().clamp(0, 255).numpy()
+    assert np.abs(autoencoder.decode(latent) - expected).max() <= 1
+
+
 # Configurations
 
 
@@ -466,6 +484,38 @@ def test_unused_rows_are_restarted_even_from_a_batch_smaller_than_the_table() ->
     same = torch.zeros(2, 2, 2, 6)
     quantizer.update(same, generator=Generator().manual_seed(0))
     assert quantizer.tables[0].table_VC.isfinite().all()
+
+
+RANK = """
+import sys, torch, torch.distributed as ranks
+from gesso_core.models.vila_u.residual_quantizer import ResidualQuantizer
+rank, folder = int(sys.argv[1]), sys.argv[2]
+ranks.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+torch.manual_seed(3)
+quantizer = ResidualQuantizer(
+    latent_shape=(2, 2, 6), code_shape=(2, 2, 1), entries=5, decay=0.9, restart_below=0.3
+)
+x = torch.randn((4, 2, 2, 6), generator=torch.Generator().manual_seed(2))
+quantizer.update(x[rank::2], generator=torch.Generator().manual_seed(7))
+torch.save(quantizer.state_dict(), f"{folder}/{rank}")
+ranks.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_all_ranks_of_a_training_keep_the_same_tables(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", RANK]
+    started = [subprocess.Popen([*command, str(rank), str(tmp_path)]) for rank in range(2)]
+    assert [process.wait(timeout=120) for process in started] == [0, 0]
+    one, other = (torch.load(tmp_path / str(rank), weights_only=True) for rank in range(2))
+    assert all(torch.equal(one[key], tensor) for key, tensor in other.items())
+    alone = new_quantizer(code_shape=(2, 2, 1), restart_below=0.3)
+    alone.update(latents(4), generator=Generator().manual_seed(7))
+    used = alone.tables[0].counts_V != 1.0
+    assert used.any()
+    for name in ("counts_V", "sums_VC"):
+        expected = alone.state_dict()[f"codebooks.0.{name}"][used]
+        torch.testing.assert_close(one[f"codebooks.0.{name}"][used], expected)
 
 
 def test_space_to_depth_is_undone() -> None:

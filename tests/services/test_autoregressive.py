@@ -116,7 +116,7 @@ async def test_a_mixed_crowd_is_drawn_as_each_would_be_alone(
     alone = [await drawn(store, gateway, request) for request in requests]
     together = await asyncio.gather(*(drawn(store, gateway, request) for request in requests))
     for one, other in zip(alone, together, strict=True):
-        assert np.abs(one.astype(int) - other).max() <= 1
+        assert np.array_equal(one, other)
     text = token_services.metrics.text()
     assert shared_steps(text) > 0
 
@@ -179,7 +179,6 @@ async def test_what_a_model_cannot_do_fails_with_the_field(
         (wish("scales", width=512, height=512), "invalid_request", "height"),
         (wish("scales", prompt="red " * 900), "invalid_request", "prompt"),
         (wish("seer", prompt="red " * 900), "invalid_request", "prompt"),
-        (wish("seer", prompt="an <image>"), "invalid_request", "prompt"),
         (vary("scales", 0), "invalid_request", "keep"),
         (vary("scales", 4), "invalid_request", "keep"),
         (vary("seer", 4), "invalid_request", "keep"),

@@ -15,10 +15,11 @@ import pytest
 import torch
 from gesso_contracts import conversations as c
 from gesso_contracts import messages as m
-from gesso_contracts.jobs import JobProgress, JobState
+from gesso_contracts.jobs import JobProgress, JobState, JobText
 from gesso_core.pipelines.hart import HartPipeline
 from gesso_core.pipelines.pictures import Pixels, decode_picture
 from gesso_core.pipelines.vila_u import VilaUPipeline
+from gesso_core.pipelines.vila_u_chat import Chat
 from gesso_services.runtime.blobs import BlobStore
 from gesso_services.runtime.connection import Bus
 from gesso_services.runtime.job_events import follow, wait_for
@@ -109,6 +110,27 @@ async def test_a_picture_is_cancelled_between_steps_and_its_place_is_free(
     gates[model].open()
     job_id = await submit(store, wish(model))
     assert (await wait_for(store, job_id, 20)).status == "succeeded"
+    assert room_of(token_services).used == 0
+
+
+async def test_an_answer_is_cancelled_between_words(
+    token_services: ServiceHost, store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate()
+    monkeypatch.setattr(Chat, "advance", gated(Chat.advance, gate))
+    async with follow(store, "talk", new=True) as events:
+        await submit(store, question("hello", max_tokens=64), job_id="talk")
+        gate.steps.release()
+        async for event in events:
+            if isinstance(event, JobText):
+                await store.cancel("talk")
+                await asyncio.sleep(0.1)
+                gate.steps.release()
+                break
+        last = [event async for event in events][-1]
+    assert last.state.status == "cancelled"
+    assert 0 < last.state.step <= 8
+    gate.open()
     assert room_of(token_services).used == 0
 
 
@@ -209,6 +231,21 @@ async def test_numbers_that_are_none_fail_that_picture_with_advice(
     assert [state.status for state in states] == ["succeeded", "failed", "succeeded"]
     assert states[1].problem is not None
     assert states[1].problem.code == "not_finite"
+
+
+@pytest.mark.slow
+async def test_two_hundred_jobs_of_every_kind_all_come_out_and_leave_nothing_behind(
+    token_services: ServiceHost, store: JobStore
+) -> None:
+    def job(index: int) -> m.GenerateImage | c.AnswerTurn:
+        if index % 3 == 2:
+            return question(f"pear {index} " * (1 + index % 5), seed=index, temperature=1.0)
+        return wish(("scales", "seer")[index % 2], seed=index, guidance_scale=1.0 + index % 4)
+
+    ids = [await submit(store, job(index)) for index in range(200)]
+    states = [await wait_for(store, job_id, 120) for job_id in ids]
+    assert {state.status for state in states} == {"succeeded"}
+    assert (room_of(token_services).used, room_of(token_services).waiting) == (0, 0)
 
 
 @pytest.mark.slow

@@ -116,7 +116,8 @@ async def test_a_conversation_goes_on_and_shows_pictures_and_videos(
     answer = await answered(store, question(turns=turns))
     other = [*turns[:2], c.Turn(role="user", parts=[c.TextPart(text="and this?")])]
     without = await answered(store, question(turns=other))
-    assert answer.prompt_tokens == without.prompt_tokens + 2 * (16 + 1)
+    more = answer.prompt_tokens - without.prompt_tokens
+    assert 2 * 16 < more <= 2 * 16 + 4  # two frames and their line ends
     assert answer.text != without.text
 
 

@@ -23,10 +23,12 @@ from gesso_core.evaluate import prompts as fixed
 from gesso_core.evaluate.references import load_references
 from gesso_core.evaluate.retrieval import score
 from gesso_core.evaluate.run import Measure
+from gesso_core.hub import resolve
 from gesso_core.pipelines.pictures import Pixels
 from gesso_core.pipelines.recipe import GenerationRequest
 from gesso_core.pipelines.vila_u import VilaUPipeline
 from gesso_core.pipelines.vila_u_draft import AnswerDraft, AnswerOptions, DrawDraft, Utterance
+from gesso_core.pipelines.vila_u_load import load_vila_u
 from gesso_core.train.compose import COLORS, composite, palette_colors, shrink, sprites_to_float
 from gesso_core.train.concepts import Concept
 from gesso_core.train.questions import CAPTION, COLOR, STYLE, WHAT, Questions, Shown, describe
@@ -56,6 +58,10 @@ class Examples:
 
     pixels_N4SS: Tensor  # premultiplied sprites, uint8
     shown: tuple[Shown, ...]
+
+    def first(self, count: int) -> "Examples":
+        """The first of them."""
+        return Examples(pixels_N4SS=self.pixels_N4SS[:count], shown=self.shown[:count])
 
     def pictures(self) -> list[Pixels]:
         """Every sprite on its color, (S, S, 3) uint8."""
@@ -129,6 +135,17 @@ def evaluate_vila_u(
     for name, chosen in examples.sets.items():
         measures += understanding(pipeline, examples.concepts, chosen, name)
     return measures + drawing(pipeline, references, prompts)
+
+
+def evaluate_shipped_vila_u(limit: int | None = None) -> list[Measure]:
+    """All measures of the small VILA-U inside the package; ``limit`` pictures of each set."""
+    examples = ExampleSets.load(resolve("vilau-tiny") / EXAMPLES)
+    if limit is not None:
+        sets = {name: chosen.first(limit) for name, chosen in examples.sets.items()}
+        examples = ExampleSets(concepts=examples.concepts, sets=sets)
+    references = resolve("sana-tiny") / "references.safetensors"
+    prompts = PROMPTS if limit is None else min(limit, PROMPTS)
+    return evaluate_vila_u(load_vila_u("vilau-tiny"), examples, references, prompts=prompts)
 
 
 def understanding(

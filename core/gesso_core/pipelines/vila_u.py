@@ -105,7 +105,7 @@ class VilaUPipeline:
     def advance(self, drafts: Sequence[DrawDraft]) -> list[DrawDraft]:
         """One row of the grid of every draft."""
         width = self.model.config.tower.grid[1]
-        rows = Rows.of([draft.recipe.guided for draft in drafts])
+        rows = Rows.of([draft.recipe.guided for draft in drafts], self.model.device)
         streams = [draft.streams[0] for draft in drafts]
         streams += [draft.streams[1] for draft in drafts if draft.recipe.guided]
         caches = [stream.cache for stream in streams]

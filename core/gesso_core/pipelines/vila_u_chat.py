@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 from gesso_core.errors import InvalidRequest
 from gesso_core.models.vila_u.code_sampling import inverse_cdf, top_p_filter
 from gesso_core.models.vila_u.model import VilaU
-from gesso_core.models.vila_u.rows import LEAST_ROWS
+from gesso_core.models.vila_u.rows import padded_rows
 from gesso_core.pipelines.memory import explained
 from gesso_core.pipelines.vila_u_draft import (
     AnswerDraft,
@@ -68,7 +68,6 @@ class Chat:
         going = list(range(len(drafts)))
         written = [list(draft.ids) for draft in drafts]
         streams = [draft.stream for draft in drafts]
-        finite = [True] * len(drafts)
         reasons: list[FinishReason | None] = [draft.finish_reason for draft in drafts]
         for _ in range(TOKENS_PER_STEP):
             going = [b for b in going if reasons[b] is None]
@@ -77,22 +76,19 @@ class Chat:
             states_BS = torch.stack([streams[b].state_S for b in going])
             logits_BV = self._logits(states_BS)
             ids = self._chosen(logits_BV, [drafts[b] for b in going], [written[b] for b in going])
-            healthy = logits_BV.isfinite().all(dim=1).tolist()
-            for b, token, sound in zip(going, ids, healthy, strict=True):
+            for b, token in zip(going, ids, strict=True):
                 written[b].append(token)
-                finite[b] = finite[b] and sound
                 reasons[b] = self._reason(drafts[b].options, written[b])
             self._feed(streams, [b for b in going if reasons[b] is None], written)
+        # Once a state is not finite, all behind it are not.
+        finite = torch.stack([stream.state_S for stream in streams]).isfinite().all(dim=1).tolist()
         return [
             self._moved(draft, streams[b], written[b], reasons[b], finite[b])
             for b, draft in enumerate(drafts)
         ]
 
     def _logits(self, states_BS: Tensor) -> Tensor:
-        rows = len(states_BS)
-        spare = max(0, LEAST_ROWS - rows)
-        padded = torch.cat([states_BS, states_BS[-1:].expand(spare, -1)]) if spare else states_BS
-        return self.model.text_logits(padded)[:rows].float()
+        return self.model.text_logits(padded_rows(states_BS))[: len(states_BS)].float()
 
     def _chosen(
         self, logits_BV: Tensor, drafts: Sequence[AnswerDraft], written: Sequence[list[int]]

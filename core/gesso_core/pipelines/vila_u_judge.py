@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gesso_core.errors import InvalidRequest
 from gesso_core.models.vila_u.model import VilaU
-from gesso_core.models.vila_u.rows import LEAST_ROWS
+from gesso_core.models.vila_u.rows import padded_rows
 from gesso_core.models.vila_u.template import (
     JUDGE_QUESTION,
     PLACEHOLDER,
@@ -57,9 +57,8 @@ class Judge:
         return scores
 
     def _scores(self, states_BS: Tensor) -> list[float]:
-        spare = max(0, LEAST_ROWS - len(states_BS))
-        padded_BS = torch.cat([states_BS, states_BS[-1:].expand(spare, -1)])
-        probabilities_BV = self.model.text_logits(padded_BS)[: len(states_BS)].double().softmax(-1)
+        logits_BV = self.model.text_logits(padded_rows(states_BS))[: len(states_BS)]
+        probabilities_BV = logits_BV.double().softmax(dim=-1)
         yes_B = probabilities_BV[:, self.yes].sum(dim=1)
         no_B = probabilities_BV[:, self.no].sum(dim=1)
         scores: list[float] = (yes_B / (yes_B + no_B).clamp(min=1e-30)).tolist()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Generator
+from torch import Generator, Tensor
 
 from gesso_core.models.hart.config import HART_CONFIGS
 from gesso_core.models.hart.initialization import initialize_weights
@@ -29,8 +29,9 @@ from gesso_core.train.stages import Workspace
 SEED = 31
 LABEL_SMOOTHING = 0.1
 TOP_K = 50  # codes that the residual's target is taken from, as they are drawn afterwards
-EXACT_START, EXACT_UNTIL = 0.7, 0.5  # as in the training of the denoiser
-KEYWORD_SHARE = 0.35
+# Exact captions come first, as in the training of the denoiser, and stay frequent: the run is short.
+EXACT_START, EXACT_END = 0.7, 0.35
+KEYWORD_FROM, KEYWORD_SHARE = 0.5, 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,7 @@ class HARTTraining:
     """Sizes and budget of a run."""
 
     config: str = "hart-tiny"  # key of HART_CONFIGS
-    budget_s: float = 75 * 60.0
+    budget_s: float = 80 * 60.0
     batch: int = 48
     rate: float = 4e-3
     hold: float = 0.55  # share of the budget until the learning rate descends
@@ -102,6 +103,16 @@ def batch_losses(
     )
 
 
+def weighted_loss(losses: TrainingLosses, scales: tuple[int, ...]) -> Tensor:
+    """Cross-entropy, in which a token weighs the more the coarser its scale, and diffusion loss.
+
+    What the coarse scales get wrong the fine ones cannot repair, and they have few tokens.
+    """
+    weight_M = torch.cat([torch.full((side * side,), 1 / side) for side in scales])
+    weight_M = (weight_M / weight_M.mean()).to(losses.cross_entropy_BM.device)
+    return (losses.cross_entropy_BM * weight_M).mean() + losses.diffusion.total.mean()
+
+
 def _text(model: HART, batch: Batch, generator: Generator) -> HARTText:
     """Texts in all slots of the model; those left out are zero and all at position 0."""
     slots = model.config.context_tokens
@@ -160,21 +171,22 @@ def _update(
     batch = data.draw(
         training.batch,
         state.generator,
-        exact_share=max(0.0, EXACT_START * (1 - done / EXACT_UNTIL)),
-        keyword_share=KEYWORD_SHARE if done > EXACT_UNTIL else 0.0,
+        exact_share=EXACT_START + (EXACT_END - EXACT_START) * done,
+        keyword_share=KEYWORD_SHARE if done > KEYWORD_FROM else 0.0,
         plain_share=0.0,
         empty_share=0.0,
     )
     losses = batch_losses(model, quantizer, batch, state.generator)
+    loss = weighted_loss(losses, model.config.scales)
     model.zero_grad(set_to_none=True)
-    torch.autograd.backward(losses.total)
+    torch.autograd.backward(loss)
     clip_gradients(model.parameters(), 1.0)
     for optimizer in state.optimizers:
         optimizer.step()
     state.ema.update(model)
     state.step += 1
     state.samples += training.batch
-    shown = progress.update(done, state.step, float(losses.total.detach()), training.batch)
+    shown = progress.update(done, state.step, float(loss.detach()), training.batch)
     if shown is not None:
         state.losses.append((state.step, shown))
 

@@ -30,8 +30,8 @@ VIEWS = 6  # the picture itself, then four on other shades of its color, then on
 MOVED_FROM = 5
 CHUNK = 64
 SEED = 8
-MOST_NOISE = 0.12  # std of the noise on a latent of std 1
-MOST_WRONG = 0.3  # share of wrong codes
+MOST_NOISE = 0.08  # std of the noise on a latent of std 1
+MOST_WRONG = 0.2  # share of wrong codes
 NEARBY = 0.6  # std of the noise that leads to a plausible wrong code
 
 

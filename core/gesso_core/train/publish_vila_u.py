@@ -5,8 +5,9 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
+from gesso_core.evaluate.vila_u import EXAMPLES, PER_SET, ExampleSets
 from gesso_core.hub.load_vila_u import LLM
 from gesso_core.models.keys.translate import untranslate
 from gesso_core.models.keys.vila_u import DEPTH_TRANSFORMER, PREFIX
@@ -15,7 +16,13 @@ from gesso_core.safe_files import write_tensors
 from gesso_core.train.packages import LOCK_HASH
 from gesso_core.train.publish import LICENCE, git_revision
 from gesso_core.train.publish_vila_u_tower import publish_projector, publish_tower
+from gesso_core.train.run_state import load_averaged, read_counters
+from gesso_core.train.vila_u import RUN, SEED, STATE, Trained, prepared
 
+if TYPE_CHECKING:
+    from gesso_core.train.stages import Workspace
+
+MODEL: Final = "vilau-tiny"
 TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -53,6 +60,31 @@ def publish_vila_u(
     _write_llm(model, tokenizer, folder / LLM, metadata)
     _write_json(folder / "config.json", _top_config(model))
     _write_json(folder / "card.json", card)
+
+
+def run_publish_vila_u(workspace: "Workspace") -> None:
+    """Write the weight folder from the newest saved states, with pictures for its evaluation."""
+    model, _ = prepared(workspace)
+    run, folder = workspace.run / RUN, workspace.weights / MODEL
+    load_averaged(Trained(model), run / STATE)
+    counters, sprites = read_counters(run / STATE), workspace.drawn_sprites()
+    publish_vila_u(
+        model.eval(),
+        run / "tokenizer",
+        folder,
+        about={
+            "seed": SEED,
+            "concepts": len(sprites.concepts),
+            "updates": counters["step"],
+            "samples": counters["samples"],
+            "wall_seconds": round(counters["used_s"]),
+        },
+    )
+    size = model.config.tower.image_size
+    ExampleSets.of(sprites, size, PER_SET).save(folder / EXAMPLES)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o644)
 
 
 def _top_config(model: VilaU) -> dict[str, Any]:

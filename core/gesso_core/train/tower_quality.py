@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gesso_core.metrics import psnr, ssim
 from gesso_core.models.vila_u.vision_tower import VisionTower
+from gesso_core.train.autoencoder import reference_pictures
 from gesso_core.train.captioned_pictures import CaptionedPictures
 from gesso_core.train.compose import COLORS
 from gesso_core.train.sprites import SpriteSet
@@ -28,6 +29,29 @@ class Seen:
     concept_N: Tensor
     style_N: Tensor
     color_N: Tensor
+
+
+def tower_quality(
+    tower: VisionTower, data: CaptionedPictures, unseen: SpriteSet
+) -> dict[str, dict[str, float]]:
+    """All measures.
+
+    Args:
+        tower: on the CPU.
+        data: what it was trained on; measured on the compositions held out.
+        unseen: sprites of concepts that it never saw.
+    """
+    held_out_N3SS = data.compositions(*data.held_out())
+    with torch.no_grad():
+        codes = torch.cat([tower.encode(x).codes_BhwD for x in torch.split(held_out_N3SS, CHUNK)])
+    return {
+        "held-out compositions": reconstruction_quality(tower, held_out_N3SS),
+        "unseen concepts": reconstruction_quality(
+            tower, reference_pictures(unseen, tower.config.image_size)
+        ),
+        "codebook": codebook_use(codes, tower.quantizer.tables[0].entries),
+        "recognition of held-out compositions": recognition(tower, data),
+    }
 
 
 @torch.no_grad()
@@ -61,9 +85,9 @@ def codebook_use(codes_NhwD: Tensor, entries: int) -> dict[str, float]:
 def recognition(tower: VisionTower, data: CaptionedPictures) -> dict[str, float]:
     """Accuracy on held-out compositions of what is read off quantized features.
 
-    Concept: of the nearest shown picture by cosine of the pooled vectors, and of the flat features.
-    Style and color: linear probes on the flat features. Fitted on every shown composition's sprite
-    on three colors.
+    Concept: of the nearest shown picture by cosine, of the pooled vectors and of the flat features.
+    Concept, style and color: linear probes on the flat features, fitted on every sprite on three
+    colors that it is shown on.
     """
     sprites = torch.arange(len(data.shown_NK)).repeat_interleave(3)
     colors = (torch.arange(len(sprites)) * 5) % len(COLORS)
@@ -73,6 +97,7 @@ def recognition(tower: VisionTower, data: CaptionedPictures) -> dict[str, float]
     return {
         "concept, pooled": _nearest(known, asked, known.pooled_NC, asked.pooled_NC),
         "concept, features": _nearest(known, asked, _flat(known), _flat(asked)),
+        "concept, probe": _probe(_flat(known), known.concept_N, _flat(asked), asked.concept_N),
         "style, probe": _probe(_flat(known), known.style_N, _flat(asked), asked.style_N),
         "color, probe": _probe(_flat(known), known.color_N, _flat(asked), asked.color_N),
         "pictures": float(len(asked.concept_N)),

@@ -1,8 +1,8 @@
 """Train a small vision tower for VILA-U (arXiv 2409.04429, section 3.1, adapted to a CPU budget).
 
 Stages on the clock: without quantization; with it; then encoder and tables are frozen and written,
-so that a language model can begin, and the decoder alone goes on. The features start as a linear
-code of the patches (their principal components), which the transformer layers only refine.
+so that a language model can begin, and the decoder and the contrastive branch go on. The features
+start as a linear code of the patches (their principal components), which the layers only refine.
 
 Loss: reconstruction + 0.25 commitment + 0.1 sigmoid image-text loss (arXiv 2303.15343, algorithm 1)
 on the pooled quantized features. Text vectors are cached states of a language model, projected.
@@ -23,7 +23,6 @@ from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
 
 from gesso_core.errors import WeightsError
-from gesso_core.layers.vqgan import Decoder, ResidualBlock, Upsample
 from gesso_core.models.vila_u.residual_quantizer import Codebook, straight_through
 from gesso_core.models.vila_u.tower_config import VILAU_TINY, TowerConfig
 from gesso_core.models.vila_u.vision_tower import VisionTower
@@ -34,10 +33,11 @@ from gesso_core.train.progress import ProgressLine, plot_losses
 from gesso_core.train.run_state import RunState
 from gesso_core.train.schedule import Clock, Ema, clip_gradients, learning_rate, set_learning_rate
 from gesso_core.train.stages import Workspace
+from gesso_core.train.tower_quality import held_out_concepts, tower_quality
+from gesso_core.train.tower_start import start_linear, start_smooth, start_tables
 
 SEED = 23
 CONTRASTIVE_WEIGHT = 0.1
-BRANCH_START = 0.1  # initial share of what the transformer layers add to the linear code
 SAVE_EVERY_S = 60.0
 FOLDER = "vilau"
 ENCODER, TOWER, STATE = "encoder.safetensors", "tower.safetensors", "state.safetensors"
@@ -53,13 +53,13 @@ class TowerProfile:
     decoded: int  # of these also decoded
     rate: float
     quantize_at: float = 0.12  # shares of the budget
-    freeze_at: float = 0.68
+    freeze_at: float = 0.62
     restart_below: float = 0.02  # vectors per update of a table under which a row is replaced
     start_pictures: int = 384
     refit_updates: int = 60
 
 
-CPU = TowerProfile(config=VILAU_TINY, seconds=28 * 60, pictures=32, decoded=16, rate=5e-3)
+CPU = TowerProfile(config=VILAU_TINY, seconds=31 * 60, pictures=32, decoded=16, rate=5e-3)
 TOWER_PROFILES: dict[str, TowerProfile] = {
     "cpu": CPU,
     "smoke": replace(CPU, seconds=4.0, pictures=8, decoded=4, start_pictures=24, refit_updates=2),
@@ -121,60 +121,6 @@ def train_tower(
     return model.tower.eval()
 
 
-@torch.no_grad()
-def start_linear(tower: VisionTower, pixels_B3SS: Tensor) -> None:
-    """Make the patch embedding the principal components of the patches, of mean square 1.
-
-    The transformer layers begin as small corrections of this linear code.
-    """
-    embedding = tower.encoder.embeddings.patch_embedding
-    patches_NP = F.unfold(pixels_B3SS, embedding.kernel_size, stride=embedding.stride)
-    patches_NP = patches_NP.transpose(1, 2).flatten(0, 1)
-    mean_P = patches_NP.mean(dim=0)
-    _, components_PP = torch.linalg.eigh((patches_NP - mean_P).T @ (patches_NP - mean_P))
-    basis_CP = components_PP.T.flip(0)[: embedding.out_channels]
-    code_NC = (patches_NP - mean_P) @ basis_CP.T
-    basis_CP = basis_CP / code_NC.square().mean().sqrt()
-    embedding.weight[: len(basis_CP)] = basis_CP.view(-1, *embedding.weight.shape[1:])
-    embedding.bias[: len(basis_CP)] = -basis_CP @ mean_P
-    nn.init.normal_(tower.encoder.embeddings.position_embedding.weight, std=0.02)
-    for layer in tower.encoder.encoder.layers[:-1]:
-        layer.self_attn.out_proj.weight.mul_(BRANCH_START)
-        layer.mlp.fc2.weight.mul_(BRANCH_START)
-
-
-@torch.no_grad()
-def start_smooth(decoder: Decoder) -> None:
-    """Let every upsampling begin as a smooth interpolation, and every block as a small change."""
-    line_3 = torch.tensor([1.0, 2.0, 1.0]) / 4
-    for module in decoder.modules():
-        if isinstance(module, Upsample):
-            weight, diagonal = module.conv.weight, torch.arange(module.conv.out_channels)
-            weight.mul_(0.1)
-            weight[diagonal, diagonal] += (line_3[:, None] * line_3).to(weight)
-        if isinstance(module, ResidualBlock):
-            module.conv2.weight.mul_(0.3)
-
-
-@torch.no_grad()
-def start_tables(tower: VisionTower, latent_BHWC: Tensor, generator: Generator) -> None:
-    """Fill the tables with vectors of a batch and with what nearer rows have left of them."""
-    quantizer = tower.quantizer
-    left_NC = quantizer.to_code_shape(latent_BHWC).reshape(-1, quantizer.width).float()
-    for book in dict.fromkeys(quantizer.tables):
-        parts = quantizer.depth // 2 if quantizer.shared else 1
-        size = book.entries // parts
-        for part in range(parts):
-            rows = slice(part * size, book.entries if part == parts - 1 else (part + 1) * size)
-            count = rows.stop - rows.start
-            chosen = torch.randint(len(left_NC), (count,), generator=generator)
-            book.table_VC[rows] = left_NC[chosen]
-            nearest_N = torch.cdist(left_NC, book.table_VC[rows]).argmin(dim=1)
-            left_NC = left_NC - book.table_VC[rows][nearest_N]
-        book.counts_V.fill_(1.0)
-        book.sums_VC.copy_(book.table_VC[:-1])
-
-
 def contrastive_loss(
     model: TowerInTraining, image_BC: Tensor, batch: Pictures, text_BT: Tensor
 ) -> Tensor:
@@ -211,13 +157,14 @@ def encode_pictures(
 
 
 def run_vila_u_tower(workspace: Workspace) -> None:
-    """Train the tower of a profile."""
-    train_tower(
-        TOWER_PROFILES[workspace.profile.name],
-        tower_data(workspace),
-        workspace.run / FOLDER,
-        workspace.profile.device,
-    )
+    """Train the tower of a profile, then write how good it is to ``quality.json``."""
+    data, folder = tower_data(workspace), workspace.run / FOLDER
+    profile = TOWER_PROFILES[workspace.profile.name]
+    train_tower(profile, data, folder, workspace.profile.device)
+    seen, everything = workspace.drawn_sprites(), workspace.sprites()
+    quality = tower_quality(load_tower_run(folder), data, held_out_concepts(everything, seen))
+    (folder / "quality.json").write_text(json.dumps(quality, indent=2) + "\n")
+    print(json.dumps(quality))
 
 
 def tower_data(workspace: Workspace) -> CaptionedPictures:
@@ -327,11 +274,11 @@ def _set_rate(state: RunState, profile: TowerProfile) -> None:
 def _update(
     state: RunState, model: TowerInTraining, profile: TowerProfile, data: CaptionedPictures
 ) -> float:
-    if state.stage == "decoder":
-        loss = _decoder_loss(model.tower, data.draw(profile.decoded, state.generator))
-    else:
-        batch = data.draw(profile.pictures, state.generator)
-        loss = _full_loss(state, model, batch, data.text_vectors(batch.caption_B), profile.decoded)
+    batch = data.draw(profile.pictures, state.generator)
+    text_BT = data.text_vectors(batch.caption_B)
+    loss = (_frozen_loss if state.stage == "decoder" else _full_loss)(
+        state, model, batch, text_BT, profile.decoded
+    )
     model.zero_grad(set_to_none=True)
     torch.autograd.backward(loss)
     clip_gradients(model.parameters(), 1.0)
@@ -339,18 +286,24 @@ def _update(
         optimizer.step()
     state.ema.update(model)
     state.step += 1
-    state.samples += profile.decoded if state.stage == "decoder" else profile.pictures
+    state.samples += profile.pictures
     return float(loss.detach())
 
 
-def _decoder_loss(tower: VisionTower, batch: Pictures) -> Tensor:
+def _frozen_loss(
+    state: RunState, model: TowerInTraining, batch: Pictures, text_BT: Tensor, decoded: int
+) -> Tensor:
+    """Loss of what comes after the codes: the decoder and the contrastive branch."""
+    tower = model.tower
     device = tower.logit_scale.device
     pixels_B3SS = batch.pixels_B3SS.to(device)
     with torch.no_grad():
         features_BhwC = tower.encode(pixels_B3SS).features_BhwC
     with torch.autocast(device.type, torch.bfloat16):
-        painted_B3SS = tower.decode(features_BhwC)
-    return reconstruction_loss(painted_B3SS.float(), pixels_B3SS, torch.zeros(()))
+        painted_B3SS = tower.decode(features_BhwC[:decoded])
+        matched = contrastive_loss(model, tower.pooled(features_BhwC), batch, text_BT.to(device))
+    painted = reconstruction_loss(painted_B3SS.float(), pixels_B3SS[:decoded], torch.zeros(()))
+    return painted + CONTRASTIVE_WEIGHT * matched
 
 
 def _full_loss(

@@ -3,31 +3,26 @@
 Sources: VILA-U's depth head (guidance in it only, then top-k, then top-p).
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Generator, Tensor
 
 # B drawings   R rows of the network   K codes   T positions   D codes of a position
 
 
-def guided(logits_RK: Tensor, pairs: Sequence[tuple[int, int]], scales_B: Tensor) -> Tensor:
+def guided(
+    logits_RK: Tensor, conditional_B: Tensor, unconditional_B: Tensor, scales_B: Tensor
+) -> Tensor:
     """``u + s (c - u)`` of every drawing, (B, K), fp32.
 
     Args:
         logits_RK: one row per conditional or unconditional prompt.
-        pairs: for every drawing its conditional row c and its unconditional row u; twice the same
-            row means no guidance.
+        conditional_B: for every drawing its row c.
+        unconditional_B: for every drawing its row u; the same as c where there is no guidance.
         scales_B: guidance scales s.
     """
-    conditional, unconditional = (torch.tensor(rows) for rows in zip(*pairs, strict=True))
-    c_BK = logits_RK[conditional.to(logits_RK.device)].float()
-    u_BK = logits_RK[unconditional.to(logits_RK.device)].float()
-    return torch.where(
-        (conditional == unconditional).to(c_BK.device)[:, None],
-        c_BK,
-        u_BK + scales_B[:, None] * (c_BK - u_BK),
-    )
+    c_BK, u_BK = logits_RK[conditional_B].float(), logits_RK[unconditional_B].float()
+    unguided_B1 = (conditional_B == unconditional_B)[:, None]
+    return torch.where(unguided_B1, c_BK, u_BK + scales_B[:, None] * (c_BK - u_BK))
 
 
 def top_k_filter(logits_BK: Tensor, top_k_B: Tensor) -> Tensor:
@@ -43,16 +38,28 @@ def top_k_filter(logits_BK: Tensor, top_k_B: Tensor) -> Tensor:
 def top_p_filter(probabilities_BK: Tensor, top_p_B: Tensor) -> Tensor:
     """The most probable codes up to and with the one that reaches ``top_p``, renormalised."""
     ordered_BK, order_BK = probabilities_BK.sort(dim=-1, descending=True, stable=True)
+    return _first_of(ordered_BK, order_BK, top_p_B)
+
+
+def probabilities(logits_BK: Tensor, top_k_B: Tensor, top_p_B: Tensor) -> Tensor:
+    """What is drawn from: top-k on the logits, softmax, top-p on the probabilities.
+
+    The same as the two filters one after the other, with one sort for both.
+    """
+    ordered_BK, order_BK = logits_BK.sort(dim=-1, descending=True, stable=True)
+    last_B1 = (top_k_B.clamp(1, logits_BK.shape[-1]) - 1)[:, None]
+    below_BK = ordered_BK < ordered_BK.gather(-1, last_B1)
+    kept_BK = ordered_BK.masked_fill(below_BK, -torch.inf)
+    return _first_of(kept_BK.softmax(dim=-1), order_BK, top_p_B)
+
+
+def _first_of(ordered_BK: Tensor, order_BK: Tensor, top_p_B: Tensor) -> Tensor:
+    """Of probabilities in falling order the first up to ``top_p``, back in their own order."""
     before_BK = ordered_BK.cumsum(dim=-1) - ordered_BK
     before_BK[:, 0] = -1.0  # the most probable one always stays
     kept_BK = torch.where(before_BK < top_p_B[:, None], ordered_BK, 0.0)
     kept_BK = torch.zeros_like(kept_BK).scatter(-1, order_BK, kept_BK)
     return kept_BK / kept_BK.sum(dim=-1, keepdim=True)
-
-
-def probabilities(logits_BK: Tensor, top_k_B: Tensor, top_p_B: Tensor) -> Tensor:
-    """What is drawn from: top-k on the logits, softmax, top-p on the probabilities."""
-    return top_p_filter(top_k_filter(logits_BK, top_k_B).softmax(dim=-1), top_p_B)
 
 
 def uniforms(seed: int, positions: int, depth: int) -> Tensor:

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gesso_core.errors import ConfigError
-from gesso_core.layers.linear import Linear
 
 # R positions of all pictures   D codes of a position   E width   H heads   e channels of a head
 # C width of a code vector      S width of the language model's states     K codes in the codebook
@@ -98,11 +97,11 @@ class DepthBlock(nn.Module):
         width = config.width
         self.heads, self.dropout = config.heads, config.dropout
         self.norm1 = nn.LayerNorm(width)
-        self.qkv = Linear(width, 3 * width)
-        self.out = Linear(width, width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
         self.norm2 = nn.LayerNorm(width)
-        self.expand = Linear(width, 4 * width)
-        self.project = Linear(4 * width, width)
+        self.expand = nn.Linear(width, 4 * width)
+        self.project = nn.Linear(4 * width, width)
 
     def forward(self, x_RDE: Tensor, cache: DepthCache | None = None, layer: int = 0) -> Tensor:
         """(R, D', E) → (R, D', E); with a cache, D' = 1 new position (or the first few)."""
@@ -127,12 +126,12 @@ class DepthTransformer(nn.Module):
     def __init__(self, config: DepthConfig) -> None:
         super().__init__()
         self.config = config
-        self.from_codes = Linear(config.code_width, config.width)
-        self.from_state = Linear(config.state_width, config.width)
+        self.from_codes = nn.Linear(config.code_width, config.width)
+        self.from_state = nn.Linear(config.state_width, config.width)
         self.position_1DE = nn.Parameter(torch.zeros(1, config.depth, config.width))
         self.blocks = nn.ModuleList(DepthBlock(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
-        self.classifier = Linear(config.width, config.codebook)
+        self.classifier = nn.Linear(config.width, config.codebook)
 
     def forward(self, state_RS: Tensor, sums_RDC: Tensor) -> Tensor:
         """Teacher-forced logits (…, D, K).

@@ -6,6 +6,7 @@ depth transformer's logits only, and both go on with the codes that were chosen.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -15,9 +16,10 @@ from gesso_core.models.vila_u.code_sampling import guided
 from gesso_core.models.vila_u.depth_transformer import DepthTransformer
 from gesso_core.models.vila_u.model import VilaU
 from gesso_core.models.vila_u.residual_quantizer import Codebook
-from gesso_core.models.vila_u.rows import LEAST_ROWS, RowCache
+from gesso_core.models.vila_u.rows import RowCache, padded_rows, spare_rows
 
 # B drawings   R rows of the networks   S width of the states   D codes of a position   K codes
+CPU = torch.device("cpu")
 
 
 class Choose(Protocol):
@@ -33,21 +35,33 @@ class Rows:
     """Which rows belong to which drawing: the conditional ones first, then the unconditional."""
 
     pairs: tuple[tuple[int, int], ...]
+    device: torch.device
 
     @classmethod
-    def of(cls, guided_drawings: Sequence[bool]) -> "Rows":
+    def of(cls, guided_drawings: Sequence[bool], device: torch.device = CPU) -> "Rows":
         """Drawings without guidance have one row only."""
         pairs, extra = [], len(guided_drawings)
         for number, has_guidance in enumerate(guided_drawings):
             pairs.append((number, extra if has_guidance else number))
             extra += has_guidance
-        return cls(tuple(pairs))
+        return cls(tuple(pairs), device)
 
-    @property
-    def owners(self) -> list[int]:
-        """The drawing of every row, with the last row repeated up to the least number of rows."""
+    @cached_property
+    def conditional(self) -> Tensor:
+        """The conditional row of every drawing, (B,)."""
+        return torch.tensor([c for c, _ in self.pairs], device=self.device)
+
+    @cached_property
+    def unconditional(self) -> Tensor:
+        """Its unconditional row, (B,), or again the conditional one where it has none."""
+        return torch.tensor([u for _, u in self.pairs], device=self.device)
+
+    @cached_property
+    def owners(self) -> Tensor:
+        """The drawing of every row, (R,), the last row repeated for the spare ones."""
         owners = [*range(len(self.pairs)), *(b for b, (c, u) in enumerate(self.pairs) if c != u)]
-        return owners + [owners[-1]] * (LEAST_ROWS - len(owners))
+        owners += [owners[-1]] * spare_rows(len(owners))
+        return torch.tensor(owners, device=self.device)
 
 
 def draw_codes(
@@ -68,18 +82,17 @@ def draw_codes(
         scales_B: guidance scales.
         choose: argmax, or a draw.
     """
-    owners = torch.tensor(rows.owners, device=states_RS.device)
-    spare = len(owners) - len(states_RS)
-    padded_RS = torch.cat([states_RS, states_RS[-1:].expand(spare, -1)])
-    logits_RK, cache = depth_transformer.begin(padded_RS)
+    logits_RK, cache = depth_transformer.begin(padded_rows(states_RS))
     codes: list[Tensor] = []
     sum_BC: Tensor | None = None
     for depth, table in enumerate(tables):
-        codes.append(choose(guided(logits_RK, rows.pairs, scales_B), depth))
+        codes.append(
+            choose(guided(logits_RK, rows.conditional, rows.unconditional, scales_B), depth)
+        )
         if depth + 1 < len(tables):
             chosen_BC = table.rows(codes[-1]).to(states_RS.dtype)
             sum_BC = chosen_BC if sum_BC is None else sum_BC + chosen_BC
-            logits_RK = depth_transformer.extend(sum_BC[owners], cache)
+            logits_RK = depth_transformer.extend(sum_BC[rows.owners], cache)
     return torch.stack(codes, dim=-1)
 
 
@@ -91,6 +104,5 @@ def next_states(
     lengths: Sequence[int],
 ) -> Tensor:
     """States (R, S) behind the codes that were just drawn, the same codes for both of a pair."""
-    owners = torch.tensor(rows.owners, device=codes_BD.device)
-    embeddings_RS = model.embed_codes(codes_BD[owners])[: len(caches)]
+    embeddings_RS = model.embed_codes(codes_BD[rows.owners])[: len(caches)]
     return model.rows(embeddings_RS[:, None], caches, lengths)[:, 0]

@@ -12,7 +12,7 @@ from gesso_core.models.vila_u.config import VilaUConfig
 from gesso_core.models.vila_u.depth_transformer import DepthTransformer
 from gesso_core.models.vila_u.packing import block_diagonal_mask
 from gesso_core.models.vila_u.projector import Projector
-from gesso_core.models.vila_u.rows import RowRunner, prepare, use_our_linear
+from gesso_core.models.vila_u.rows import RowRunner, use_row_attention
 from gesso_core.models.vila_u.splice import Batch
 from gesso_core.models.vila_u.vision_tower import VisionTower
 
@@ -47,13 +47,12 @@ class VilaU(nn.Module):
         self.projector = projector
         self.depth_transformer = depth_transformer
         self.llm = llm
-        prepare(llm)
-        use_our_linear(projector)
+        use_row_attention(llm)
         self.rows = RowRunner(llm)
 
     def embed_text(self, ids: Tensor) -> Tensor:
         """Embeddings (…, S) of token ids."""
-        embeddings: Tensor = self.llm.get_input_embeddings()(ids)
+        embeddings: Tensor = self.rows.table(ids)
         return embeddings
 
     def embed_codes(self, codes_ND: Tensor) -> Tensor:
@@ -90,7 +89,7 @@ class VilaU(nn.Module):
 
     def text_logits(self, states_MS: Tensor) -> Tensor:
         """Logits (…, V) of the next text token."""
-        logits_MV: Tensor = self.llm.get_output_embeddings()(states_MS)
+        logits_MV: Tensor = self.rows.head(states_MS)
         return logits_MV
 
     @property

@@ -17,12 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from gesso_core.layers.linear import Linear
-
 # B rows   t new tokens of every row   S state width   H heads   L layers   e channels of a head
 ATTENTION: Final = "gesso_rows"
-# With fewer rows some matrix products take another way, with other rounding.
-LEAST_ROWS: Final = 4
+# A matrix product rounds the last one to three rows behind a multiple of four differently, on any
+# number of threads. In multiples of four a row's numbers do not depend on how many there are.
+ROWS_MULTIPLE: Final = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,8 +103,9 @@ def attention(
             )
             for b, (k_HTe, v_HTe) in enumerate(zip(key.rows, value.rows, strict=True))
         ]
-        mixed += [mixed[-1]] * (len(q_BHte) - len(mixed))  # rows without a cache are spare
-        return (mixed[0] if len(mixed) == 1 else torch.cat(mixed)).transpose(1, 2), None
+        # Rows without a cache are spare; what they get does not matter.
+        mixed += [mixed[-1]] * (len(q_BHte) - len(mixed))
+        return torch.cat(mixed).transpose(1, 2), None
     assert isinstance(key, Tensor)
     assert isinstance(value, Tensor)
     mixed_BHte = F.scaled_dot_product_attention(
@@ -124,17 +124,20 @@ def attention(
 AttentionInterface.register(ATTENTION, attention)
 
 
-def prepare(llm: PreTrainedModel) -> None:
-    """Let a decoder of transformers use the attention above, and our matrix products."""
+def use_row_attention(llm: PreTrainedModel) -> None:
+    """Let a decoder of transformers use the attention above; its weights and names stay."""
     llm.config._attn_implementation = ATTENTION
-    use_our_linear(llm)
 
 
-def use_our_linear(module: nn.Module) -> None:
-    """Turn every plain ``nn.Linear`` inside into ours; parameters stay as they are."""
-    for child in module.modules():
-        if type(child) is nn.Linear:
-            child.__class__ = Linear
+def spare_rows(rows: int) -> int:
+    """How many rows to add, so that the others come out the same in every batch."""
+    return -rows % ROWS_MULTIPLE
+
+
+def padded_rows(x_RS: Tensor) -> Tensor:
+    """The rows with spare ones behind them."""
+    spare = spare_rows(len(x_RS))
+    return torch.cat([x_RS, x_RS[-1:].expand(spare, -1)]) if spare else x_RS
 
 
 class RowRunner:
@@ -142,6 +145,7 @@ class RowRunner:
 
     def __init__(self, llm: PreTrainedModel) -> None:
         self.decoder = llm.get_decoder()
+        self.table, self.head = llm.get_input_embeddings(), llm.get_output_embeddings()
         config = llm.config
         self.layers = int(config.num_hidden_layers)
         self.heads = int(getattr(config, "num_key_value_heads", config.num_attention_heads))
@@ -176,7 +180,7 @@ class RowRunner:
             lengths: tokens that each row has so far, which are the positions of the new ones.
         """
         rows, new = embeddings_BtS.shape[:2]
-        spare = max(0, LEAST_ROWS - rows * new)
+        spare = spare_rows(rows) if new == 1 else 0
         starts = [*lengths, *[lengths[-1]] * spare]
         if spare:  # more rows for the matrix products; nobody attends to them
             embeddings_BtS = torch.cat([embeddings_BtS, embeddings_BtS[-1:].expand(spare, -1, -1)])
