@@ -54,6 +54,8 @@ train-tiny: setup
 
 eval-tiny: setup
 	$(BIN)/python -m gesso_core.evaluate
+	$(BIN)/python -m gesso_core.evaluate.hart
+	$(BIN)/python -m gesso_core.evaluate.vila_u
 
 text-encoder: setup
 	$(BIN)/python -m gesso_core.text.build_smollm2

@@ -58,7 +58,7 @@ def caching(hart: HartPipeline, vila_u: VilaUPipeline, sizes: Sizes) -> Iterator
     model, quantizer = random_hart(hart.model.config, sizes.scales, sizes.text_slots)
     for batch in sizes.batches:
         text = _random_text(model, batch)
-        run = partial(_drawn, model, quantizer, text, None)
+        run = partial(_drawn, model, quantizer, text, _options(hart))
         label = f"hart, tiny width, random weights, scales {_listed(sizes.scales)}"
         yield _hart_row(f"{label}, {sizes.text_slots} text slots", model, run, batch, sizes.repeats)
     transformer, tables = vila_u.model.depth_transformer, vila_u.model.tower.quantizer.tables
@@ -98,8 +98,7 @@ def _served_hart(pipeline: HartPipeline, batch: int, repeats: int) -> Iterator[R
     """The small HART: the plain loop with and without cache, and the pipeline as it serves."""
     texts, model = [_draft_text(pipeline, number) for number in range(batch)], pipeline.model
     text = HARTText.concatenate(texts)
-    options = DrawOptions(top_k=pipeline.defaults.top_k, smooth=pipeline.defaults.smooth)
-    run = partial(_drawn, model, pipeline.quantizer, text, options)
+    run = partial(_drawn, model, pipeline.quantizer, text, _options(pipeline))
     name = pipeline.entry.name
     yield _hart_row(f"{name}, plain loop", model, run, batch, repeats)
     served = partial(_served, pipeline, batch)
@@ -117,7 +116,7 @@ def _drawn(
     model: HART,
     quantizer: MultiScaleQuantizer,
     text: HARTText,
-    options: DrawOptions | None,
+    options: DrawOptions,
     use_cache: bool,
 ) -> Generated:
     batch = len(text)
@@ -130,6 +129,12 @@ def _drawn(
         options=options,
         use_cache=use_cache,
     )
+
+
+def _options(pipeline: HartPipeline) -> DrawOptions:
+    """As the small HART is drawn from."""
+    defaults = pipeline.defaults
+    return DrawOptions(top_k=defaults.top_k, top_p=defaults.top_p, smooth=defaults.smooth)
 
 
 def _served(pipeline: HartPipeline, batch: int) -> Generated:

@@ -4,9 +4,9 @@ Pictures are PNG, JPEG or WebP bytes; a video is MP4, WebP or GIF bytes, of whic
 as many frames as its model looks at.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, StringConstraints
+from pydantic import Field, StringConstraints, model_validator
 
 from gesso_contracts import limits
 from gesso_contracts.base import Message, ModelName, Prompt
@@ -58,6 +58,15 @@ class AnswerTurn(Message):
     top_p: TopP = 1.0
     seed: int = Field(default=0, ge=0, lt=limits.SEED_LIMIT)
     stop: list[StopText] = Field(default_factory=list, max_length=limits.MAX_STOPS)
+
+    @model_validator(mode="after")
+    def _shows_no_more_than_fits(self) -> Self:
+        shown = sum(part.kind != "text" for turn in self.turns for part in turn.parts)
+        if shown > limits.MAX_SHOWN:
+            raise ValueError(
+                f"{shown} pictures and videos; a conversation may show at most {limits.MAX_SHOWN}"
+            )
+        return self
 
 
 class TurnAnswered(Message):

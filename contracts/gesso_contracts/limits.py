@@ -40,6 +40,7 @@ MAX_TOP_K: Final = 65536
 MAX_KEEP: Final = 256
 MAX_TURNS: Final = 64
 MAX_PARTS: Final = 32
+MAX_SHOWN: Final = 16  # pictures and videos of a conversation, all of them in memory at once
 MAX_ANSWER_TOKENS: Final = 4096
 MAX_STOPS: Final = 4
 STOP_CHARS: Final = 100

@@ -48,7 +48,7 @@ class AutoregressiveSettings(ServiceSettings):
     threads: int = Field(1, ge=1, description="CPU threads of one forward")
     max_batch_pixels: int = Field(4 * 1024 * 1024, ge=1, description="pixels that share a step")
     kv_cache_bytes: int = Field(
-        2 * GIB, ge=1, description="keys and values of all that is under way; the rest waits"
+        4 * GIB, ge=1, description="keys and values of all that is under way; the rest waits"
     )
     max_pixels: int = Field(MAX_PIXELS, ge=1, description="largest picture that is opened")
     decode_timeout_s: float = Field(60.0, gt=0, description="one call of the autoencoder")

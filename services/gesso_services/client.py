@@ -106,9 +106,10 @@ class Gesso:
         output_format, guidance_scale. Leaving the call early withdraws the job.
         """
         begun = self._json("POST", talk.VIDEOS, json=talk.video_request(prompt, options))
+        watcher = talk.Watcher(on_progress)
         try:
             for event in self.watch(begun["id"]):
-                talk.tell(event, on_progress)
+                watcher.take(event)
         except BaseException:
             with suppress(GessoError):
                 self.cancel(begun["id"])
@@ -132,11 +133,14 @@ class Gesso:
 
     def chat(self, messages: Sequence[Json], **options: Any) -> Iterator[str]:
         """Answer a conversation in OpenAI's messages, piece by piece."""
+        listener = talk.Listener(None)
         body = talk.conversation(messages, options)
         with self._stream("POST", talk.CHAT, json=body) as chunks:
             for chunk in chunks:
+                listener.take(chunk)
                 if new := talk.words(chunk):
                     yield new
+        listener.answer()
 
     def judge(self, prompt: str, *images: bytes, model: str | None = None) -> list[float]:
         """How probable it is that each picture shows ``prompt``."""

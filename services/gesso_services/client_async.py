@@ -70,9 +70,10 @@ class AsyncGesso:
     ) -> Video:
         """Make a short video; cancelling the task withdraws the job."""
         begun = await self._json("POST", talk.VIDEOS, json=talk.video_request(prompt, options))
+        watcher = talk.Watcher(on_progress)
         try:
             async for event in self.watch(begun["id"]):
-                talk.tell(event, on_progress)
+                watcher.take(event)
         except BaseException:
             with suppress(GessoError):
                 await self.cancel(begun["id"])
@@ -93,11 +94,14 @@ class AsyncGesso:
 
     async def chat(self, messages: Sequence[Json], **options: Any) -> AsyncIterator[str]:
         """Answer a conversation in OpenAI's messages, piece by piece."""
+        listener = talk.Listener(None)
         body = talk.conversation(messages, options)
         async with self._stream("POST", talk.CHAT, json=body) as chunks:
             async for chunk in chunks:
+                listener.take(chunk)
                 if new := talk.words(chunk):
                     yield new
+        listener.answer()
 
     async def judge(self, prompt: str, *images: bytes, model: str | None = None) -> list[float]:
         """How probable it is that each picture shows ``prompt``."""

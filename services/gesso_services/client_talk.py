@@ -2,11 +2,11 @@
 
 import base64
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from gesso_contracts import JobEvent, JobPreview, JobProgress, JobStateChanged
+from gesso_contracts import JobEvent, JobPreview, JobStateChanged, JobText
 
 from gesso_services.client_wire import Json, NotReachable, OnProgress, Progress
 
@@ -105,17 +105,23 @@ def video_request(prompt: str, options: Json) -> Json:
     return {"prompt": prompt, **_given(options)}
 
 
-def tell(event: JobEvent, on_progress: OnProgress | None) -> None:
-    """Progress and previews of the one job that is followed."""
-    if on_progress is None:
-        return
-    if isinstance(event, JobProgress):
-        on_progress(Progress(0, event.step, event.total_steps, event.progress))
-    elif isinstance(event, JobPreview):
-        on_progress(Progress(0, event.step, 0, 0.0, event.image))
-    elif isinstance(event, JobStateChanged):
-        state = event.state
-        on_progress(Progress(0, state.step, state.total_steps, state.progress))
+class Watcher:
+    """Passes on progress and previews of the one job that is followed."""
+
+    def __init__(self, on_progress: OnProgress | None) -> None:
+        self._on_progress = on_progress
+        self._at = Progress(0, 0, 0, 0.0)
+
+    def take(self, event: JobEvent) -> None:
+        """One event of the job; a preview comes with the progress that was told last."""
+        if self._on_progress is None or isinstance(event, JobText):
+            return
+        if isinstance(event, JobPreview):
+            self._on_progress(replace(self._at, preview=event.image))
+            return
+        at = event.state if isinstance(event, JobStateChanged) else event
+        self._at = Progress(0, at.step, at.total_steps, at.progress)
+        self._on_progress(self._at)
 
 
 def video(about: Json, data: bytes) -> Video:

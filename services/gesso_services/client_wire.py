@@ -136,7 +136,7 @@ def take(event: Json, pictures: dict[int, Picture], on_progress: OnProgress | No
 
 def complete(pictures: dict[int, Picture], body: Json) -> list[Picture]:
     """All pictures in order; a stream that ended early is an error."""
-    wanted = int(body.get("n", 1))
+    wanted = int(body.get("n") or 1)
     if len(pictures) != wanted:
         raise NotReachable(
             f"the server closed the stream after {len(pictures)} of {wanted} pictures; try again"

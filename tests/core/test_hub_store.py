@@ -174,6 +174,11 @@ def test_a_text_encoder_is_two_folders_of_a_pipeline() -> None:
     assert {name.partition("/")[0] for name in chosen} == {"text_encoder", "tokenizer"}
 
 
+def test_a_text_encoder_with_a_repository_of_its_own_is_pulled_whole() -> None:
+    files = ["config.json", "model.safetensors", "tokenizer.json", "README.md"]
+    assert choose_files(files, find("qwen2-vl-1.5b-instruct")) == sorted(files[:3])
+
+
 def test_an_interrupted_pull_is_not_taken_for_a_model(tmp_path: Path) -> None:
     (tmp_path / NAME / "transformer").mkdir(parents=True)
     with pytest.raises(WeightsError, match=r"not completely pulled.*gesso models pull"):

@@ -8,7 +8,8 @@ import pytest
 import torch
 from gesso_core.errors import ConfigError, InvalidRequest
 from gesso_core.models.keys.translate import translate, untranslate
-from gesso_core.models.keys.vila_u import DEPTH_TRANSFORMER, PREFIX
+from gesso_core.models.keys.vila_u import DEPTH_TRANSFORMER
+from gesso_core.models.keys.vila_u_tower import DEPTH_PREFIX
 from gesso_core.models.vila_u.code_sampling import (
     guided,
     inverse_cdf,
@@ -260,9 +261,9 @@ def test_every_published_name_has_a_home() -> None:
     shapes = {name: list(tensor.shape) for name, tensor in llm.state_dict().items()}
     assert shapes == published["llm"]
     state = {
-        name.removeprefix(PREFIX): torch.empty(shape, device="meta")
+        name.removeprefix(DEPTH_PREFIX): torch.empty(shape, device="meta")
         for name, shape in published["vision_tower"].items()
-        if name.startswith(PREFIX)
+        if name.startswith(DEPTH_PREFIX)
     }
     translate(state, DEPTH_TRANSFORMER, expected=depth.state_dict())
     back = untranslate(depth.state_dict(), DEPTH_TRANSFORMER)

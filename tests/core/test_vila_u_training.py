@@ -97,9 +97,9 @@ def test_answers_are_true(sprite_set: SpriteSet) -> None:
     questions = Questions(sprite_set.concepts, (0, 1), random.Random(0))
     shown = Shown(concept=2, style=1, color=4)
     for _ in range(200):
-        turns = questions.about(shown, 3)
-        assert [turn.role for turn in turns] == ["user", "assistant"] * 3
-        assert turns[0].text.startswith("<image>\n")
+        turns = questions.about(shown, 3) + questions.claims(shown, 3)
+        assert [turn.role for turn in turns] == ["user", "assistant"] * 6
+        assert [turn.text.startswith("<image>\n") for turn in turns[::6]] == [True, True]
         for asked, said in zip(turns[::2], turns[1::2], strict=True):
             truth = ("bar", "flat", "orange")
             if said.text in (YES, NO):

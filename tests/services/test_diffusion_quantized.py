@@ -70,7 +70,7 @@ async def test_a_quantized_folder_is_served_with_mode_and_memory_told_everywhere
     taken = load_denoiser(quantized_pipeline, quantized_mode="reference").identity.weight_bytes
     ready = await call(gateway, "diffusion", "ready", AskReady(), ServiceReady)
     assert ready.in_use["int4"] == m.ModelInUse(
-        quantization=told, weight_bytes=taken, native_size=64
+        quantization=told, weight_bytes=taken, native_size=64, tasks=["text-to-image"], steps=20
     )
     assert ready.in_use["dense"].quantization == "none"
     # Exact, in fp32 and with the branch: more than the dense model.

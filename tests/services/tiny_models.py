@@ -13,8 +13,8 @@ from gesso_core.models.hart.transformer import HART
 from gesso_core.models.keys.hart import HART_ORIGINAL
 from gesso_core.models.keys.hart_tokenizer import tokenizer_keys
 from gesso_core.models.keys.translate import untranslate
-from gesso_core.models.keys.vila_u import DEPTH_TRANSFORMER, PREFIX
-from gesso_core.models.keys.vila_u_tower import tower_aliases, write_tower
+from gesso_core.models.keys.vila_u import DEPTH_TRANSFORMER
+from gesso_core.models.keys.vila_u_tower import DEPTH_PREFIX, tower_aliases, write_tower
 from gesso_core.models.vila_u.depth_transformer import DepthConfig, DepthTransformer
 from gesso_core.models.vila_u.projector import Projector
 from gesso_core.models.vila_u.tower_config import DecoderConfig, EncoderConfig, TowerConfig
@@ -91,7 +91,7 @@ def write_vila_u(folder: Path, *, frames: int = 2, context: int = 256) -> Path:
         eos_token_id=tokenizer.eos_token_id,
     )
     LlamaForCausalLM(llama).save_pretrained(folder / "llm")
-    depth = {f"{PREFIX}{k}": v for k, v in untranslate(_depth(), DEPTH_TRANSFORMER).items()}
+    depth = {f"{DEPTH_PREFIX}{k}": v for k, v in untranslate(_depth(), DEPTH_TRANSFORMER).items()}
     _write(folder / "vision_tower", depth | _tower(), {
         "model_type": "rqvaesigliptransformer_model",
         "rqvaesiglip": TOWER.to_original(),

@@ -21,7 +21,8 @@ from gesso_core.hub.load_vila_u_tower import (
     load_vila_u_projector,
 )
 from gesso_core.models.keys.translate import Rule, translate
-from gesso_core.models.keys.vila_u import DEPTH_TRANSFORMER, PREFIX
+from gesso_core.models.keys.vila_u import DEPTH_TRANSFORMER
+from gesso_core.models.keys.vila_u_tower import DEPTH_PREFIX
 from gesso_core.models.vila_u.config import SPECIAL_TOKENS, VilaUConfig
 from gesso_core.models.vila_u.depth_transformer import DepthTransformer
 from gesso_core.models.vila_u.model import VilaU
@@ -68,7 +69,9 @@ def load_vila_u_model(
         )
     with torch.device("meta"):
         depth = DepthTransformer(config.depth)
-    of_depth = {k.removeprefix(PREFIX): v for k, v in stored.items() if k.startswith(PREFIX)}
+    of_depth = {
+        k.removeprefix(DEPTH_PREFIX): v for k, v in stored.items() if k.startswith(DEPTH_PREFIX)
+    }
     _fill(depth, translate(of_depth, DEPTH_TRANSFORMER, expected=depth.state_dict()), dtype)
     model = VilaU(config, tower, projector, depth, _language_model(folder / LLM, dtype))
     return model.to(device).eval().requires_grad_(False)

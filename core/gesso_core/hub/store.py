@@ -205,8 +205,8 @@ def choose_files(names: Iterable[str], entry: ModelEntry) -> list[str]:
 
 
 def _belongs(name: str, entry: ModelEntry) -> bool:
-    folder = name.partition("/")[0]
-    return entry.task != "text-encoder" or folder in TEXT_ENCODER_FOLDERS
+    """Gemma-2 comes out of a Sana pipeline; every other repository holds one model, all of it."""
+    return entry.family != "gemma-2" or name.partition("/")[0] in TEXT_ENCODER_FOLDERS
 
 
 def _is_weight_file(name: str) -> bool:

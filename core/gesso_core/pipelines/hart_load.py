@@ -6,6 +6,7 @@ the registry. A folder ``text_encoder`` comes first where there is one.
 """
 
 import hashlib
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Final
 
@@ -164,8 +165,7 @@ def _identity(folder: Path, model: HART) -> Identity:
 
 
 def _defaults(about: dict[str, Any]) -> HartDefaults:
-    known = {key: about[key] for key in ("top_k", "top_p", "smooth") if key in about}
-    return HartDefaults(**known)
+    return HartDefaults(**{f.name: about[f.name] for f in fields(HartDefaults) if f.name in about})
 
 
 def _entry(

@@ -17,6 +17,7 @@ class HartDefaults:
     top_k: int | None = None  # None: 600 at the first seven scales, then 300
     top_p: float = 0.0  # 0: off
     smooth: bool = True
+    temperature: float = 1.0  # of the residual's noise
 
 
 def hart_recipe(
@@ -73,6 +74,7 @@ def hart_recipe(
             top_k=_top_k(request, config, defaults),
             top_p=_top_p(request, defaults),
             smooth=defaults.smooth,
+            temperature=defaults.temperature,
         ),
         keep=checked_keep(request.keep, config),
     )

@@ -6,8 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gesso_core.hub.store import SHIPPED
+from gesso_core.train.hart import run_hart
+from gesso_core.train.hart_tokenizer import run_hart_tokenizer
 from gesso_core.train.lora import STYLES, LoraProfile, run_lora
 from gesso_core.train.profiles import PROFILES
+from gesso_core.train.publish_hart import run_publish_hart
+from gesso_core.train.publish_vila_u import run_publish_vila_u
 from gesso_core.train.stages import (
     Workspace,
     limit_threads,
@@ -16,12 +20,20 @@ from gesso_core.train.stages import (
     run_denoiser,
     run_publish,
 )
+from gesso_core.train.vila_u import run_vila_u
+from gesso_core.train.vila_u_tower import run_vila_u_tower
 
 STAGES: dict[str, Callable[[Workspace], None]] = {
     "data": run_data,
     "autoencoder": run_autoencoder,
     "denoiser": run_denoiser,
     "publish": run_publish,
+    "hart-tokenizer": run_hart_tokenizer,
+    "hart": run_hart,
+    "publish-hart": run_publish_hart,
+    "vila-u-tower": run_vila_u_tower,
+    "vila-u": run_vila_u,
+    "publish-vila-u": run_publish_vila_u,
 }
 
 

@@ -29,7 +29,7 @@ from gesso_core.train.stages import Workspace
 SEED = 31
 LABEL_SMOOTHING = 0.1
 TOP_K = 50  # codes that the residual's target is taken from, as they are drawn afterwards
-# Exact captions come first, as in the training of the denoiser, and stay frequent: the run is short.
+# Exact captions come first, as for the denoiser, and stay frequent because the run is short.
 EXACT_START, EXACT_END = 0.7, 0.35
 KEYWORD_FROM, KEYWORD_SHARE = 0.5, 0.2
 

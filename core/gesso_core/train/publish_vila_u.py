@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Final
 from gesso_core.evaluate.vila_u import EXAMPLES, PER_SET, ExampleSets
 from gesso_core.hub.load_vila_u import LLM
 from gesso_core.models.keys.translate import untranslate
-from gesso_core.models.keys.vila_u import DEPTH_TRANSFORMER, PREFIX
+from gesso_core.models.keys.vila_u import DEPTH_TRANSFORMER
+from gesso_core.models.keys.vila_u_tower import DEPTH_PREFIX
 from gesso_core.models.vila_u.model import VilaU
 from gesso_core.safe_files import write_tensors
 from gesso_core.train.packages import LOCK_HASH
@@ -52,7 +53,7 @@ def publish_vila_u(
     publish_tower(
         model.tower,
         folder,
-        extra={f"{PREFIX}{name}": tensor for name, tensor in depth.items()},
+        extra={f"{DEPTH_PREFIX}{name}": tensor for name, tensor in depth.items()},
         extra_config={"rqtransformer": model.config.depth.to_original(grid)},
         about=metadata,
     )

@@ -114,19 +114,19 @@ class Questions:
 
     def about(self, shown: Shown, turns: int) -> list[Turn]:
         """A conversation of ``turns`` questions about one picture, mostly of different kinds."""
-        kinds = [self._caption, self._what, self._color, self._style, self._judge, self._is]
-        weights = [3, 3, 2, 1.5, 4, 2]
+        kinds = [self._caption, self._what, self._color, self._style]
+        weights = [4, 2, 0.8, 2.5]
         pairs: list[tuple[str, str]] = []
         for _ in range(turns):
             (number,) = self.rng.choices(range(len(kinds)), weights)
             pairs.append(kinds[number](shown))
             weights[number] /= 4
-        (question, answer), *others = pairs
-        pairs = [(with_picture(question), answer), *others]
-        conversation: list[Turn] = []
-        for asked, said in pairs:
-            conversation += [Turn(role="user", text=asked), Turn(role="assistant", text=said)]
-        return conversation
+        return _conversation(pairs)
+
+    def claims(self, shown: Shown, turns: int) -> list[Turn]:
+        """A conversation of claims about one picture, each answered with yes or no."""
+        kinds = (self._judge, self._judge, self._is)
+        return _conversation([self.rng.choice(kinds)(shown) for _ in range(turns)])
 
     def change(self, shown: Shown, changed: Shown) -> str:
         """The request that turns one picture into another of the same thing."""
@@ -195,3 +195,12 @@ class Questions:
         pattern = self.rng.choice(patterns)
         claimed = self._wrong_in(shown, pattern) if self.rng.random() < 0.5 else shown
         return describe(self.concepts, claimed, pattern), YES if claimed == shown else NO
+
+
+def _conversation(pairs: Sequence[tuple[str, str]]) -> list[Turn]:
+    """Questions and answers in turns; the picture stands before the first question."""
+    conversation: list[Turn] = []
+    for number, (asked, said) in enumerate(pairs):
+        question = asked if number else with_picture(asked)
+        conversation += [Turn(role="user", text=question), Turn(role="assistant", text=said)]
+    return conversation

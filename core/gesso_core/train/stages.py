@@ -4,6 +4,10 @@ data         packages → sprites
 autoencoder  sprites → DC-AE; its frozen encoder is written before its decoder is finished
 denoiser     frozen encoder → cached latents; captions → cached text states; both → Sana
 publish      both models → weight folders with their papers
+
+HART and VILA-U have stages of their own, in the files of that name: ``hart-tokenizer``, ``hart``
+and ``publish-hart`` stand on the autoencoder; ``vila-u-tower``, ``vila-u`` and ``publish-vila-u``
+only on the data and the captions.
 """
 
 from dataclasses import dataclass

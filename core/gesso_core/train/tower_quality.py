@@ -94,12 +94,11 @@ def recognition(tower: VisionTower, data: CaptionedPictures) -> dict[str, float]
     shown = data.shown_NK[sprites, colors]
     known = _seen(tower, data, sprites[shown], colors[shown])
     asked = _seen(tower, data, *data.held_out())
+    probes = _probes(known, asked)
     return {
         "concept, pooled": _nearest(known, asked, known.pooled_NC, asked.pooled_NC),
         "concept, features": _nearest(known, asked, _flat(known), _flat(asked)),
-        "concept, probe": _probe(_flat(known), known.concept_N, _flat(asked), asked.concept_N),
-        "style, probe": _probe(_flat(known), known.style_N, _flat(asked), asked.style_N),
-        "color, probe": _probe(_flat(known), known.color_N, _flat(asked), asked.color_N),
+        **{f"{what}, probe": accuracy for what, accuracy in probes.items()},
         "pictures": float(len(asked.concept_N)),
     }
 
@@ -137,11 +136,21 @@ def _nearest(known: Seen, asked: Seen, known_NC: Tensor, asked_NC: Tensor) -> fl
     return float((known.concept_N[cosine.argmax(dim=1)] == asked.concept_N).float().mean())
 
 
-def _probe(known_NC: Tensor, label_N: Tensor, asked_NC: Tensor, answer_N: Tensor) -> float:
-    """Accuracy of ridge regression to one-hot labels."""
-    x_NC = F.pad(known_NC, (0, 1), value=1.0).double()
+def _probes(known: Seen, asked: Seen) -> dict[str, float]:
+    """Accuracy of one ridge regression from flat features to the one-hot labels of each kind."""
+    x_NC, asked_NC = (F.pad(_flat(seen), (0, 1), value=1.0).double() for seen in (known, asked))
     squares_CC = x_NC.T @ x_NC
     squares_CC += RIDGE * squares_CC.diagonal().mean() * torch.eye(len(squares_CC)).double()
-    weights = torch.linalg.solve(squares_CC, x_NC.T @ F.one_hot(label_N).double())
-    guess_N = (F.pad(asked_NC, (0, 1), value=1.0).double() @ weights).argmax(dim=1)
-    return float((guess_N == answer_N).float().mean())
+    kinds = {
+        "concept": (known.concept_N, asked.concept_N),
+        "style": (known.style_N, asked.style_N),
+        "color": (known.color_N, asked.color_N),
+    }
+    labels = {what: torch.unique(pair[0], return_inverse=True) for what, pair in kinds.items()}
+    targets = [F.one_hot(place_N).double() for _, place_N in labels.values()]
+    answers = asked_NC @ torch.linalg.solve(squares_CC, x_NC.T @ torch.cat(targets, dim=1))
+    parts = torch.split(answers, [target.shape[1] for target in targets], dim=1)
+    return {
+        what: float((labels[what][0][part.argmax(dim=1)] == kinds[what][1]).float().mean())
+        for what, part in zip(kinds, parts, strict=True)
+    }

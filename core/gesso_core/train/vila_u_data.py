@@ -35,13 +35,14 @@ from gesso_core.train.compose import (
 )
 from gesso_core.train.latents import shown_compositions
 from gesso_core.train.questions import Questions, Shown, describe, unseen_style
-from gesso_core.train.sprites import STYLES, SpriteSet
+from gesso_core.train.sprites import SpriteSet
 
 VIEWS = 4
 CHUNK = 64
-TURNS = 3
+TURNS = (1, 1, 2)  # of a conversation; a later answer can often be read off an earlier one
+CLAIMS, CLAIM_TURNS = 0.4, 3  # share of conversations of yes and no, and their length
 # Shares of lessons. Those that ask for a picture without saying which serve guidance.
-SEE, DRAW, CHANGE, TALK = 0.40, 0.47, 0.09, 0.04
+SEE, DRAW, CHANGE, TALK = 0.52, 0.39, 0.06, 0.03
 UNCONDITIONAL = 0.1
 PLAIN_VIEW = 0.85  # share of pictures to draw that show the sprite unmoved
 
@@ -186,7 +187,11 @@ class Lessons:
 
     def _see(self) -> Row:
         shown = self.rng.choice(self.splits.seen)
-        return self.row(self.questions.about(shown, TURNS), [self.picture(shown)])
+        if self.rng.random() < CLAIMS:
+            turns = self.questions.claims(shown, CLAIM_TURNS)
+        else:
+            turns = self.questions.about(shown, self.rng.choice(TURNS))
+        return self.row(turns, [self.picture(shown)])
 
     def _draw(self, exact_share: float) -> Row:
         text, shown = self._exact() if self.rng.random() < exact_share else self._typed()
@@ -237,16 +242,11 @@ def tokenizer_texts(sprites: SpriteSet, styles: Sequence[int], count: int = 40_0
         concept = number % len(sprites.concepts)
         shown = Shown(concept, rng.choice(styles), rng.randrange(len(COLORS)))
         texts.append(f"USER: {draw_record(sprites.concepts, concept, rng).text} ASSISTANT: ")
-        for turn in questions.about(shown, TURNS):
+        for turn in [*questions.about(shown, max(TURNS)), *questions.claims(shown, 1)]:
             texts.append(f"{'USER' if turn.role == 'user' else ' ASSISTANT'}: {turn.text}")
         if number % 5 == 0:
             texts += [f"USER: {questions.change(shown, shown)}", *questions.text_only()]
     return texts
-
-
-def style_names(styles: Sequence[int]) -> str:
-    """Names of the styles in use, for cards and logs."""
-    return ", ".join(STYLES[style] for style in styles)
 
 
 def _shows() -> Turn:

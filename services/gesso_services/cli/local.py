@@ -18,6 +18,7 @@ from gesso_core.registry import ModelEntry
 
 from gesso_services.cli.common import name_or_folder
 from gesso_services.client import Picture, Progress
+from gesso_services.gateway.orders import RANDOM_SEEDS
 from gesso_services.gateway.painting import kept
 from gesso_services.gateway.schemas import pixels_of
 
@@ -89,7 +90,7 @@ def _requests(
     prompt: str, options: dict[str, Any], entry: ModelEntry, count: int, **wish: Any
 ) -> list[GenerationRequest]:
     width, height = pixels_of(options["size"], (entry.native_size, entry.native_size))
-    seed = secrets.randbelow(2**32) if options["seed"] is None else options["seed"]
+    seed = secrets.randbelow(RANDOM_SEEDS) if options["seed"] is None else options["seed"]
     return [
         GenerationRequest(prompt=prompt, width=width, height=height, seed=seed + index, **wish)
         for index in range(count)

@@ -1,5 +1,6 @@
 """``gesso ask --local`` and ``gesso judge --local``: a model that sees, in this process."""
 
+import secrets
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from gesso_core.pipelines.vila_u_draft import AnswerDraft, AnswerOptions, Part, 
 from gesso_services.cli.common import name_or_folder
 from gesso_services.client import Answer
 from gesso_services.client_talk import is_video
+from gesso_services.gateway.orders import RANDOM_SEEDS
 
 DEFAULT_MODEL = "vilau-tiny"
 
@@ -28,6 +30,8 @@ def ask_here(
     """The answer that a server would have given."""
     pipeline = load_seeing(options["model"])
     wish = {name: options[name] for name in ("max_tokens", "temperature", "seed")}
+    if wish["seed"] is None:
+        wish["seed"] = secrets.randbelow(RANDOM_SEEDS)
     given = {name: value for name, value in wish.items() if value is not None}
     parts = (*(_part(data, pipeline) for data in shown), question)
     draft = pipeline.begin_answer([Utterance(role="user", parts=parts)], AnswerOptions(**given))

@@ -79,6 +79,7 @@ class Catalog:
         self._served: dict[str, list[str]] = {}
         self._in_use: dict[str, ModelInUse] = {}
         self._asked_at: dict[str, float] = {}
+        self._questions: dict[str, asyncio.Task[ServiceHealth]] = {}
 
     async def health(self, service: str) -> ServiceHealth:
         """Ask ``service`` itself whether a real warm-up went through it."""
@@ -121,6 +122,8 @@ class Catalog:
             return models[name]
         able = f"use {' or '.join(models)}" if models else "no model of this server can"
         sentence = f"the model {name[:80]!r} cannot {WORK[work].words} here; {able}"
+        if not name:
+            sentence = f"no model of this server can {WORK[work].words}; /v1/models lists them"
         if models and name not in {served.name for served in await self._of(HOMES)}:
             sentence = UnknownModel(name, models).message
         raise EdgeError(404, UnknownModel.code, sentence, field=field)
@@ -190,12 +193,11 @@ class Catalog:
 
     async def _refresh(self, service: str) -> None:
         age = time.monotonic() - self._asked_at.get(service, float("-inf"))
-        if age < self.fabric.settings.models_ttl_s:
-            return
-        self._asked_at[service] = time.monotonic()
-        question = self.fabric.in_background(self.health(service))
-        if service not in self._served:
-            await asyncio.wait({question})
+        if age >= self.fabric.settings.models_ttl_s:
+            self._asked_at[service] = time.monotonic()
+            self._questions[service] = self.fabric.in_background(self.health(service))
+        if service not in self._served:  # whoever asks at the same time waits as well
+            await asyncio.wait({self._questions[service]})
 
 
 async def of(request: Request) -> Catalog:

@@ -2,7 +2,7 @@
 
 from typing import Any, Final
 
-from gesso_contracts import AnswerTurn, ImagePart, TextPart, Turn, VideoPart
+from gesso_contracts import AnswerTurn, ImagePart, TextPart, Turn, VideoPart, limits
 from gesso_contracts.conversations import Part
 from gesso_core.errors import InvalidRequest
 
@@ -19,7 +19,6 @@ from gesso_services.gateway.orders import Order
 from gesso_services.gateway.painting import Claim
 from gesso_services.gateway.uploads import Intake, from_data_url
 
-MAX_PICTURES: Final = 16  # and videos, in one conversation
 KIND: Final = "answer"
 
 
@@ -89,9 +88,9 @@ def _check_messages(messages: list[ChatMessage]) -> None:
             raise InvalidRequest(
                 "the message says and shows nothing; send words, a picture, or both", field=field
             )
-    if shown > MAX_PICTURES:
+    if shown > limits.MAX_SHOWN:
         raise InvalidRequest(
-            f"{shown} pictures and videos; a conversation may show at most {MAX_PICTURES}",
+            f"{shown} pictures and videos; a conversation may show at most {limits.MAX_SHOWN}",
             field="messages",
         )
 

@@ -128,8 +128,14 @@ def kept(keep: int | None, entry: ModelEntry) -> int:
     """How many scales or rows stay: half of the scales where nothing is said; a model that sees
     draws anew.
     """
+    sees = "image-to-text" in entry.tasks
     if keep is None:
-        return 0 if "image-to-text" in entry.tasks else entry.steps // 2
+        return 0 if sees else entry.steps // 2
+    if keep == 0 and not sees:
+        raise InvalidRequest(
+            f"keep 0: {entry.name} goes on from a picture but sees none; keep at least 1",
+            field="keep",
+        )
     if keep >= entry.steps:
         raise InvalidRequest(
             f"keep {keep}: {entry.name} draws in {entry.steps} steps, so that nothing would be "

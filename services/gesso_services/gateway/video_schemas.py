@@ -66,25 +66,30 @@ class VideoDeleted(BaseModel):
 
 async def _read(request: Request) -> VideoRequest:
     is_form = request.headers.get("content-type", "").startswith(FORM)
-    values: Any = dict(await request.form()) if is_form else await _json(request)
+    values = await (_form(request) if is_form else _json(request))
     try:
         return VideoRequest.model_validate(values, strict=not is_form)
     except ValidationError as error:
         found = error.errors(include_url=False)
-        raise RequestValidationError(
-            [{**one, "loc": ("body", *one["loc"])} for one in found]
-        ) from (error)
+        wrong = [{**one, "loc": ("body", *one["loc"])} for one in found]
+        raise RequestValidationError(wrong) from error
+
+
+async def _form(request: Request) -> dict[str, Any]:
+    async with request.form() as form:  # closes files that came along
+        return dict(form)
 
 
 async def _json(request: Request) -> Any:
     try:
         return json.loads(await request.body())
-    except json.JSONDecodeError as error:
-        wrong = {"type": "json_invalid", "loc": ("body", error.pos), "msg": "", "input": {}}
-        raise RequestValidationError([{**wrong, "ctx": {"error": error.msg}}]) from error
-    except (UnicodeDecodeError, RecursionError) as error:
-        wrong = {"type": "json_invalid", "loc": ("body", 0), "msg": "", "input": {}}
-        raise RequestValidationError([{**wrong, "ctx": {"error": str(error)}}]) from error
+    except (ValueError, RecursionError) as error:
+        # Beside what is no JSON also what is no UTF-8, too deep, or a number of 5000 digits.
+        place, reason = 0, str(error).partition(";")[0]
+        if isinstance(error, json.JSONDecodeError):
+            place, reason = error.pos, error.msg
+        wrong = {"type": "json_invalid", "loc": ("body", place), "msg": "", "input": {}}
+        raise RequestValidationError([{**wrong, "ctx": {"error": reason}}]) from error
 
 
 VideoBody = Annotated[VideoRequest, Depends(_read)]

@@ -77,7 +77,7 @@ class Seer:
 
     async def film(self, request: GenerateVideo, job: JobContext) -> VideoReady:
         frames = np.stack([gradient(request.seed + i, 64, 32) for i in range(FRAMES)])
-        await self._steps(request.prompt, job)
+        await self._steps(request.prompt, job, request.preview_every, frames[0])
         data = encode_video(frames, request.output_format, frames_per_s=request.frames_per_s)
         return VideoReady(
             video=await self.blobs.put(data, VIDEO_TYPES[request.output_format]),

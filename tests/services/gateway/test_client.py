@@ -112,6 +112,7 @@ def test_generate_returns_the_best_of_many_with_their_scores(gesso: Gesso) -> No
 def test_vary_keeps_a_part_of_the_picture(gesso: Gesso) -> None:
     told: list[Progress] = []
     pictures = gesso.vary(WHITE, "a pear", keep=3, n=2, seed=1, on_progress=told.append)
+    assert len(gesso.vary(WHITE, "a pear", n=None)) == 1
     assert [picture.seed for picture in pictures] == [1, 2]
     assert (decode_picture(pictures[1].data)[:48] == 255).all()
     assert told[-1].progress == 1.0
@@ -119,9 +120,11 @@ def test_vary_keeps_a_part_of_the_picture(gesso: Gesso) -> None:
 
 def test_video_tells_progress_and_comes_as_a_file(gesso: Gesso, tmp_path: Path) -> None:
     told: list[Progress] = []
-    video = gesso.video("a kite", seed=2, fps=5, on_progress=told.append)
+    video = gesso.video("slowly, a kite", seed=2, fps=5, on_progress=told.append)
     assert (video.seed, video.size, video.seconds) == (2, "64x32", 1.0)
     assert told[-1].progress == 1.0
+    assert any(at.preview for at in told)
+    assert [at.progress for at in told] == sorted(at.progress for at in told)
     assert len(decode_video(video.save(tmp_path / "kite.mp4").read_bytes(), 100)) == 5
 
 

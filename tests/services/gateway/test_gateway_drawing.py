@@ -231,7 +231,7 @@ def test_variations_are_streamed_like_generations(http: httpx2.Client) -> None:
 
 def test_a_large_picture_is_varied(http: httpx2.Client) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (900, 900, 3), np.uint8)
-    assert vary(http, encode_picture(noise), keep=0).status_code == 200
+    assert vary(http, encode_picture(noise), model="vilau-tiny", keep=0).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -239,6 +239,7 @@ def test_a_large_picture_is_varied(http: httpx2.Client) -> None:
     [
         ({"n": 11}, "n", "less than or equal to 10"),
         ({"keep": 4}, "keep", "draws in 4 steps"),
+        ({"keep": 0}, "keep", "keep at least 1"),
         ({"keep": -1}, "keep", "greater than or equal to 0"),
         ({"size": "63x63"}, "size", "multiple of 8"),
         ({"size": "640x640"}, "size", "at most"),
@@ -337,11 +338,19 @@ def test_a_wrong_video_is_refused_by_field(
     refused(http.post(VIDEOS, json=body), 422, field, word)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000], ids=repr)
+HUGE = b'{"prompt": "x", "seed": ' + b"1" * 5000 + b"}"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"\xff\xfe", b"[" * 100_000, HUGE],
+    ids=lambda content: repr(content[:30]),
+)
 def test_a_video_that_is_not_json_is_refused(http: httpx2.Client, content: bytes) -> None:
     answer = http.post(VIDEOS, content=content)
     assert answer.status_code == 400
     assert answer.json()["code"] == "invalid_json"
+    assert len(answer.json()["detail"]) < 200
 
 
 def test_a_model_without_videos_names_one_with(http: httpx2.Client) -> None:
@@ -360,7 +369,7 @@ def test_another_job_is_no_video(http: httpx2.Client) -> None:
 
 PICTURE = {"kind": "inline", "data": base64.b64encode(WHITE).decode(), "media_type": "image/png"}
 DRAW = {"model": "hart-tiny", "prompt": "a red apple", "width": 64, "height": 64, "seed": 3}
-SHOW = {"role": "user", "parts": [{"kind": "image", "image": PICTURE}]}
+SHOW: dict[str, Any] = {"role": "user", "parts": [{"kind": "image", "image": PICTURE}]}
 ANSWER = {"model": "vilau-tiny", "turns": [SHOW]}
 FILM = {"model": "vila-u-7b-256", "prompt": "a kite", "seed": 3}
 
@@ -410,6 +419,7 @@ def inline(data: bytes) -> dict[str, str]:
         ("generate-video", FILM | {"model": "hart-tiny"}, 404, "model"),
         ("answer", {"model": "vilau-tiny", "turns": []}, 422, "request.turns"),
         ("answer", ANSWER | {"model": "hart-tiny"}, 404, "model"),
+        ("answer", ANSWER | {"turns": [SHOW | {"parts": SHOW["parts"] * 17}]}, 422, "request"),
         (
             "answer",
             ANSWER | {"turns": [SHOW | {"parts": [{"kind": "image", "image": inline(b"x")}]}]},

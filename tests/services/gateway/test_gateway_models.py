@@ -1,5 +1,6 @@
 """``/v1/models``: what the services tell of the models that they have loaded."""
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,15 @@ def test_a_model_that_draws_shows_how(http: httpx2.Client, name: str) -> None:
     assert (model["default_size"], model["sizes"], model["steps"]) == ("64x64", ["64x64"], 4)
 
 
+@pytest.mark.anyio
+async def test_all_who_ask_first_at_once_hear_of_every_service(start_gateway: Any) -> None:
+    gateway = start_gateway(required_services=("diffusion",))
+    async with httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http:
+        answers = await asyncio.gather(*(http.get("/v1/models") for _ in range(8)))
+    for answer in answers:
+        assert "hart-tiny" in {model["id"] for model in answer.json()["data"]}
+
+
 @pytest.mark.parametrize(
     ("required", "shown"),
     [(("autoencoder", "diffusion"), False), (("diffusion", "autoregressive"), True)],
@@ -67,3 +77,6 @@ def test_a_service_that_has_never_answered_counts_when_it_has_to_be_there(
             answer = http.post("/v1/chat/completions", json=HELLO)
             assert answer.status_code == 404
             assert "no model of this server can" in answer.json()["detail"]
+            answer = http.post("/v1/videos", json={"prompt": "a kite"})
+            assert answer.status_code == 404
+            assert answer.json()["detail"].startswith("no model of this server can make a video;")

@@ -20,5 +20,3 @@ DEPTH_TRANSFORMER: KeyMap = (
     Rule(f"classifier_mlp.layer_norm.{_WB}", "norm.{p}"),
     Rule(f"classifier_mlp.linear.{_WB}", "classifier.{p}"),
 )
-# Where a published ``vision_tower`` folder keeps them, beside the tower's own.
-PREFIX = "rqtransformer."

@@ -32,11 +32,6 @@ class RowCache:
     values_LHTe: Tensor
 
     @property
-    def room(self) -> int:
-        """Most tokens that fit."""
-        return self.keys_LHTe.shape[2]
-
-    @property
     def bytes(self) -> int:
         """Memory of both buffers."""
         return 2 * self.keys_LHTe.numel() * self.keys_LHTe.element_size()
