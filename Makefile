@@ -48,6 +48,8 @@ bench: setup
 	$(BIN)/python bench/embedded.py
 	$(BIN)/python bench/quantize_layers.py
 	$(BIN)/python bench/quantized_cpu.py
+	$(BIN)/python bench/autoregressive.py
+	$(BIN)/python bench/best_of_n.py
 
 train-tiny: setup
 	$(BIN)/python -m gesso_core.train all --profile $(PROFILE)

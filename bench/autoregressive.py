@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from autoregressive_caching import FULL, SMOKE, caching
-from autoregressive_service import AUTOREGRESSIVE, Served, replica, throughput
+from autoregressive_service import REPLICAS, Served, replica, throughput
 from autoregressive_timing import Row, about, name_or_path
 from autoregressive_tokens import text_tokens
 from gesso_core.hub import resolve
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="tiny; not a result")
     parser.add_argument("--hart", default="hart-tiny", help="registry name or folder")
     parser.add_argument("--vila-u", default="vilau-tiny", help="registry name or folder")
-    parser.add_argument("--replica", choices=AUTOREGRESSIVE, help=argparse.SUPPRESS)
+    parser.add_argument("--replica", choices=REPLICAS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.replica:

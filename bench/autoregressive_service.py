@@ -46,7 +46,7 @@ from safetensors.torch import load_file
 
 TARGET = 3.0
 SERVICE, TOGETHER, SIDE = "autoregressive", 8, 64
-AUTOREGRESSIVE = ("autoencoder", SERVICE)
+REPLICAS = ("autoencoder", SERVICE)
 READY_WITHIN_S = 240.0
 QUESTIONS = (
     "what is it?",
@@ -123,20 +123,25 @@ async def _compared(
         "one by one": lambda: _one_by_one(store, asks),
         "together": lambda: _together(store, asks),
     }
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    taken: dict[str, list[list[float]]] = {name: [] for name in ways}
     for number in range(repeats + 1):
         for name, way in ways.items():
-            cpu, begun = _cpu_s(processes), time.perf_counter()
+            before, begun = _cpu_s(processes), time.perf_counter()
             await way()
+            wall, after = time.perf_counter() - begun, _cpu_s(processes)
             if number:
-                taken[name].append((time.perf_counter() - begun, _cpu_s(processes) - cpu))
+                spent = [b - a for a, b in zip(before, after, strict=True)]
+                taken[name].append([wall, *spent])
     row: Row = {"what": what, "requests": len(asks)}
     for name, times in taken.items():
-        wall, cpu = (statistics.median(column) for column in zip(*times, strict=True))
+        wall, *spent = (statistics.median(column) for column in zip(*times, strict=True))
         row[name] = {
             "requests_per_s": round(len(asks) / wall, 2),
             "wall_ms_per_request": round(1e3 * wall / len(asks), 2),
-            "cpu_ms_per_request": round(1e3 * cpu / len(asks), 2),
+            "cpu_ms_per_request": {
+                service: round(1e3 * seconds / len(asks), 2)
+                for service, seconds in zip(REPLICAS, spent, strict=True)
+            },
         }
     ratio = row["together"]["requests_per_s"] / row["one by one"]["requests_per_s"]
     return {**row, "ratio": round(ratio, 2), "target": TARGET, "met": ratio >= TARGET}
@@ -206,7 +211,7 @@ async def _services(
         await admin.close()
         with contextlib.ExitStack() as running:
             whole = {**os.environ, **server.environment(), **environment}
-            processes = [running.enter_context(_child(name, whole)) for name in AUTOREGRESSIVE]
+            processes = [running.enter_context(_child(name, whole)) for name in REPLICAS]
             bus = await Bus.connect("gateway", server.bus_settings())
             try:
                 await _until_ready(bus)
@@ -231,7 +236,7 @@ def _child(service: str, environment: dict[str, str]) -> Iterator["subprocess.Po
 
 async def _until_ready(bus: Bus) -> None:
     async with asyncio.timeout(READY_WITHIN_S):
-        for service in AUTOREGRESSIVE:
+        for service in REPLICAS:
             while True:
                 with contextlib.suppress(GessoError):
                     if (await call(bus, service, "ready", m.AskReady(), m.ServiceReady)).ready:
@@ -239,8 +244,8 @@ async def _until_ready(bus: Bus) -> None:
                 await asyncio.sleep(0.3)
 
 
-def _cpu_s(processes: Sequence[psutil.Process]) -> float:
-    return sum(sum(process.cpu_times()[:2]) for process in processes)
+def _cpu_s(processes: Sequence[psutil.Process]) -> list[float]:
+    return [sum(process.cpu_times()[:2]) for process in processes]
 
 
 def _name(model: str | Path) -> str:

@@ -108,7 +108,7 @@ async def confirmed(
 
 
 async def measured(
-    url: str, models: tuple[str, str], references: References, limit: int | None
+    url: str, models: tuple[str, str], references: References, limit: int
 ) -> dict[str, Any]:
     """All sets."""
     result: dict[str, Any] = {}
@@ -174,6 +174,8 @@ def environment(painter: str, judge: str) -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="two prompts of each set")
+    parser.add_argument("--prompts", type=int, default=100, help="most prompts of a set")
+    parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--painter", default="sana-tiny")
     parser.add_argument("--judge", default="vilau-tiny", help="registry name or folder")
     arguments = parser.parse_args()
@@ -181,7 +183,7 @@ def main() -> None:
     models = (arguments.painter, Path(arguments.judge).name)
     os.environ |= environment(arguments.painter, arguments.judge)
     port, load = free_port(), os.getloadavg()[0]
-    url, limit = f"http://127.0.0.1:{port}", 2 if arguments.smoke else None
+    url, limit = f"http://127.0.0.1:{port}", 2 if arguments.smoke else arguments.prompts
     with stack(uuid4().hex, port) as process:
         until_ready(process, url)
         sets = asyncio.run(measured(url, models, references, limit))
@@ -195,8 +197,8 @@ def main() -> None:
         "sets": sets,
     }
     if not arguments.smoke:
-        RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-        print(f"written: {RESULTS}")
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"written: {arguments.output}")
 
 
 if __name__ == "__main__":

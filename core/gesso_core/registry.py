@@ -154,6 +154,7 @@ _HART_TINY = replace(
     text_encoder="smollm2-l6",
     native_size=64,
     steps=4,
+    guidance_scale=2.0,
 )
 _VILA_U = ModelEntry(
     name="vila-u-7b-256",

@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 from gesso_contracts import messages as m
-from gesso_contracts.blobs import BlobRef, Payload
+from gesso_contracts.blobs import Payload
 from gesso_core.errors import InvalidRequest
-from gesso_core.lora.library import LoraUse
 from gesso_core.pipelines.draw import Draws, made_by
 from gesso_core.pipelines.pictures import Pixels, covering
 from gesso_core.pipelines.recipe import GenerationRequest
@@ -21,11 +20,7 @@ from gesso_services.painting import Sketch
 from gesso_services.previews import Previews
 from gesso_services.provenance import provenance_message
 from gesso_services.runtime.job_context import JobContext
-
-WISHES = (
-    *("prompt", "negative_prompt", "width", "height", "seed", "steps", "sampler"),
-    *("guidance_scale", "top_k", "top_p"),
-)
+from gesso_services.wishes import wish_of
 
 
 class Drawing:
@@ -37,7 +32,7 @@ class Drawing:
     async def generate_image(self, request: m.GenerateImage, job: JobContext) -> m.ImageReady:
         """Text to picture."""
         model = self.workshop.model(request.model)
-        recipe = model.recipe(_wish(request))
+        recipe = model.recipe(wish_of(request))
         return await self._picture(model, recipe, None, request, job)
 
     async def vary_image(self, request: m.VaryImage, job: JobContext) -> m.ImageReady:
@@ -50,9 +45,9 @@ class Drawing:
                 "scales",
                 field="keep",
             )
-        recipe = model.recipe(_wish(request, keep=None if looks else request.keep))
-        pixels = await self.workshop.opened(request.image, "image")
-        return await self._picture(model, recipe, pixels, request, job)
+        recipe = model.recipe(wish_of(request, keep=None if looks else request.keep))
+        start = await self._start(model, recipe, request.image, job)
+        return await self._picture(model, recipe, start, request, job)
 
     async def generate_video(self, request: m.GenerateVideo, job: JobContext) -> m.VideoReady:
         """Text to a short video: its frames are drawn one after another, in one stream."""
@@ -81,17 +76,17 @@ class Drawing:
         self,
         model: Draws,
         recipe: Any,
-        given: Pixels | None,
+        start: Pixels | Tensor | None,
         request: m.GenerateImage,
         job: JobContext,
     ) -> m.ImageReady:
         async with self._previews(model, job, request.preview_every) as previews:
-            latent_CHW = await self._drawn(model, recipe, given, job, previews, model.latent)
+            latent_CHW = await self._drawn(model, recipe, start, job, previews, model.latent)
             sketch = _sketch(model, recipe, latent_CHW)
             decoded = await self.workshop.painter.picture(sketch, request.output_format, job)
         made = await self.workshop.aside(made_by, model, recipe)
         return m.ImageReady(
-            image=await self._as_blob(decoded.image),
+            image=await self.workshop.blobs.laid_down(decoded.image),
             width=decoded.width,
             height=decoded.height,
             seed=recipe.seed,
@@ -102,14 +97,13 @@ class Drawing:
         self,
         model: Draws,
         recipe: Any,
-        given: Pixels | None,
+        start: Pixels | Tensor | None,
         job: JobContext,
         previews: Previews[Any],
         result: Callable[[Any], Any],
     ) -> Any:
         """The ``result`` of the finished draft; its keys and values are gone when this returns."""
-        start = None if given is None else await self._start(model, recipe, given, job)
-        need = drawing_bytes(model, recipe, shown=given is not None)
+        need = drawing_bytes(model, recipe, shown=start is not None)
         async with self.workshop.room.reserved(need, job, what=f"a drawing of {model.entry.name}"):
             draft = await self.workshop.aside(model.begin, recipe, start)
 
@@ -120,12 +114,13 @@ class Drawing:
             return result(await self.workshop.finish(model, draft, job, on_step=on_step))
 
     async def _start(
-        self, model: Draws, recipe: Any, given: Pixels, job: JobContext
+        self, model: Draws, recipe: Any, image: Payload, job: JobContext
     ) -> Pixels | Tensor:
-        """A picture as its model takes it: pixels for one that sees, otherwise a latent."""
+        """A picture as its model takes it: small pixels for one that sees, otherwise a latent."""
+        given = await self.workshop.opened(image, "image")
         if sees(model):
-            return given
-        fitted = covering(given, *recipe.model_size)
+            return await asyncio.to_thread(seeing(model).prompter.fitted, given)
+        fitted = await asyncio.to_thread(covering, given, *recipe.model_size)
         return await self.workshop.painter.latent(model.autoencoder, fitted, job)
 
     def _previews(self, model: Draws, job: JobContext, every: int) -> Previews[Any]:
@@ -137,11 +132,6 @@ class Drawing:
 
         return Previews(paint, job, every=every)
 
-    async def _as_blob(self, image: Payload) -> BlobRef:
-        if isinstance(image, BlobRef):
-            return image
-        return await self.workshop.blobs.put(image.data, image.media_type)
-
 
 def _sketch(model: Draws, recipe: Any, latent_CHW: Tensor) -> Sketch:
     return Sketch(
@@ -150,12 +140,6 @@ def _sketch(model: Draws, recipe: Any, latent_CHW: Tensor) -> Sketch:
         height=recipe.height,
         width=recipe.width,
     )
-
-
-def _wish(request: m.GenerateImage, keep: int | None = None) -> GenerationRequest:
-    wished = {name: getattr(request, name) for name in WISHES}
-    loras = tuple(LoraUse(name=use.name, strength=use.strength) for use in request.loras)
-    return GenerationRequest(**wished, loras=loras, keep=keep)
 
 
 def _video_wish(request: m.GenerateVideo, side: int) -> GenerationRequest:

@@ -3,7 +3,10 @@
 import asyncio
 import uuid
 
+import numpy as np
 from gesso_contracts import conversations as c
+from gesso_contracts.blobs import Payload
+from gesso_core.pipelines.pictures import Pixels
 from gesso_core.pipelines.videos import decode_video
 from gesso_core.pipelines.vila_u import VilaUPipeline
 from gesso_core.pipelines.vila_u_draft import AnswerDraft, AnswerOptions, Part, Utterance, Video
@@ -54,13 +57,12 @@ class Seeing:
         """How well each picture shows what the prompt asks for."""
         model = seeing(self.workshop.model(request.model))
         pictures = [
-            await self.workshop.opened(image, f"images.{index}")
+            await self._seen(model, image, f"images.{index}")
             for index, image in enumerate(request.images)
         ]
         need = judging_bytes(model, len(pictures), request.prompt)
-        call = JobContext(
-            f"judge-{uuid.uuid4().hex[:12]}"
-        )  # a call has no job that could be withdrawn
+        # A call has no job that could be withdrawn.
+        call = JobContext(f"judge-{uuid.uuid4().hex[:12]}")
         what = f"a judgement of {len(pictures)} pictures"
         async with self.workshop.room.reserved(need, call, what=what):
             scores = await self.workshop.aside(model.judge, pictures, request.prompt)
@@ -82,10 +84,16 @@ class Seeing:
         if isinstance(part, c.TextPart):
             return part.text
         if isinstance(part, c.ImagePart):
-            return await self.workshop.opened(part.image, "messages")
+            return await self._seen(model, part.image, "messages")
         return await self._video(model, part)
+
+    async def _seen(self, model: VilaUPipeline, image: Payload, field: str) -> Pixels:
+        """A picture as the model looks at it: many large ones would fill the memory."""
+        pixels = await self.workshop.opened(image, field)
+        return await asyncio.to_thread(model.prompter.fitted, pixels)
 
     async def _video(self, model: VilaUPipeline, part: c.VideoPart) -> Video:
         data = await self.workshop.blobs.read(part.video)
         most = max(1, model.model.config.video_frames)
-        return Video(await asyncio.to_thread(decode_video, data, most))
+        frames = await asyncio.to_thread(decode_video, data, most)
+        return Video(np.stack([await asyncio.to_thread(model.prompter.fitted, f) for f in frames]))

@@ -15,16 +15,13 @@ from typing import Literal, ParamSpec, TypeVar
 import torch
 from gesso_contracts import SAFETENSORS, limits
 from gesso_contracts import messages as m
-from gesso_contracts.blobs import BlobRef, Payload
 from gesso_core.errors import UnknownModel
 from gesso_core.hub import DEFAULT_STORE
 from gesso_core.hub.store import SHIPPED_LORAS
-from gesso_core.lora.library import LoraUse
 from gesso_core.pipelines.denoiser import Denoiser
 from gesso_core.pipelines.draft import Draft
 from gesso_core.pipelines.load import load_denoiser
 from gesso_core.pipelines.provenance import provenance_of
-from gesso_core.pipelines.recipe import GenerationRequest
 from gesso_core.pipelines.step_batcher import StepBatcher
 from gesso_core.pipelines.tensor_bytes import pack_tensors
 from gesso_kernels.modes import Budget, Mode
@@ -37,6 +34,7 @@ from gesso_services.runtime.job_context import JobContext
 from gesso_services.runtime.service import ServiceContext, ServiceSpec
 from gesso_services.runtime.settings import ServiceSettings
 from gesso_services.step_thread import StepThread
+from gesso_services.wishes import wish_of
 
 log = logging.getLogger(__name__)
 
@@ -132,14 +130,14 @@ class DiffusionService:
     async def generate_image(self, request: m.GenerateImage, job: JobContext) -> m.ImageReady:
         """Text to picture."""
         denoiser = self._model(request.model)
-        recipe = denoiser.recipe(_wish(request))
+        recipe = denoiser.recipe(wish_of(request))
         draft = await self._in_text_thread(denoiser.begin, recipe)
         finished = await self._denoised(denoiser, draft, request.preview_every, job)
         sketch = _sketch(denoiser, finished, finished.result)
         decoded = await self.painter.picture(sketch, request.output_format, job)
         made = await self._in_text_thread(provenance_of, denoiser, finished)
         return m.ImageReady(
-            image=await self._as_blob(decoded.image),
+            image=await self.blobs.laid_down(decoded.image),
             width=decoded.width,
             height=decoded.height,
             seed=recipe.seed,
@@ -175,11 +173,6 @@ class DiffusionService:
             return await self.steps.finish(denoiser, draft, job, on_step=on_step)
         finally:
             await previews.close()
-
-    async def _as_blob(self, image: Payload) -> BlobRef:
-        if isinstance(image, BlobRef):
-            return image
-        return await self.blobs.put(image.data, image.media_type)
 
     async def _in_text_thread(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         loop = asyncio.get_running_loop()
@@ -221,16 +214,6 @@ def _sketch(denoiser: Denoiser, draft: Draft, latent_CHW: torch.Tensor) -> Sketc
         height=draft.recipe.height,
         width=draft.recipe.width,
     )
-
-
-def _wish(request: m.GenerateImage) -> GenerationRequest:
-    names = (
-        *("prompt", "negative_prompt", "width", "height", "seed", "steps", "sampler"),
-        *("guidance_scale", "top_k", "top_p"),
-    )
-    wished = {name: getattr(request, name) for name in names}
-    loras = tuple(LoraUse(name=use.name, strength=use.strength) for use in request.loras)
-    return GenerationRequest(**wished, loras=loras)
 
 
 def _embed(denoiser: Denoiser, prompts: Sequence[str]) -> tuple[bytes, str, tuple[int, ...]]:

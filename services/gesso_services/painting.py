@@ -70,11 +70,13 @@ class Painter:
     async def pixels(self, sketch: Sketch, job: JobContext) -> Pixels:
         """The finished picture as pixels, without loss."""
         decoded = await self.picture(sketch, "png", job)
-        return decode_picture(await self.context.blobs.read(decoded.image))
+        data = await self.context.blobs.read(decoded.image)
+        return await asyncio.to_thread(decode_picture, data)
 
     async def latent(self, autoencoder: str, pixels_HWC: Pixels, job: JobContext) -> Tensor:
         """The latent (C, h, w) of a picture; waits for an autoencoder as `picture` does."""
-        image = Inline(data=encode_picture(pixels_HWC), media_type=MEDIA_TYPES["png"])
+        data = await asyncio.to_thread(encode_picture, pixels_HWC)
+        image = Inline(data=data, media_type=MEDIA_TYPES["png"])
         message = m.EncodeImage(model=autoencoder, image=image)
         encoded = await self._patiently(lambda: self._encode(message), job)
         return unpack_tensor(await self.context.blobs.read(encoded.latent), "latent")

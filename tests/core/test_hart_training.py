@@ -1,6 +1,7 @@
 """Training HART: targets, losses, noise, and that a few steps learn something."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,10 +16,14 @@ from gesso_core.models.hart.losses import (
 )
 from gesso_core.models.hart.quantizer import MultiScaleQuantizer
 from gesso_core.models.hart.transformer import HART, without_text
+from gesso_core.pipelines.hart_load import load_hart
+from gesso_core.pipelines.recipe import GenerationRequest
 from gesso_core.train import hart_views
+from gesso_core.train.__main__ import main
 from gesso_core.train.denoiser import Batch
 from gesso_core.train.hart import _text, batch_losses, weighted_loss
 from gesso_core.train.hart_views import noisy_targets
+from gesso_core.train.sprites import SpriteSet
 from torch import Generator, Tensor
 
 CONFIG = replace(HART_CONFIGS["hart-tiny"], depth=2, width=48, heads=2, vocabulary=64)
@@ -148,3 +153,22 @@ def test_the_residual_is_what_the_sampled_code_leaves(quantizer: MultiScaleQuant
     rest = targets.rest_BNC[1, 15] - quantizer.codebook_VC[losses.sampled_BK[1, 1]]
     torch.testing.assert_close(losses.residual_RC[3], rest)
     assert losses.logits_BMV.shape == (2, 1 + 4 + 9 + 2, 64)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+def test_all_stages_end_in_a_folder_that_draws(sprite_set: SpriteSet, tmp_path: Path) -> None:
+    sprite_set.save(tmp_path / "data" / "sprites-128.safetensors")
+    paths = [
+        part for name in ("data", "runs", "weights") for part in (f"--{name}", str(tmp_path / name))
+    ]
+    for stage in ("hart-tokenizer", "hart", "publish-hart"):
+        assert main([stage, "--profile", "smoke", *paths]) == 0
+    assert (tmp_path / "runs" / "smoke" / "hart" / "transformer" / "loss.png").exists()
+    pipeline = load_hart(tmp_path / "weights" / "hart-tiny")
+    request = GenerationRequest(prompt="a red apple", width=64, height=64)
+    draft = pipeline.begin(pipeline.recipe(request))
+    while not draft.done:
+        (draft,) = pipeline.advance([draft])
+    assert draft.finite
+    assert pipeline.latent(draft).shape == (32, 4, 4)

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from gesso_core.errors import InvalidRequest
-from gesso_core.models.vila_u.splice import pad_rows
+from gesso_core.models.vila_u.splice import Row, pad_rows
+from gesso_core.models.vila_u.template import CAPTION_QUESTION
 from gesso_core.pipelines.vila_u import VilaUPipeline
 from gesso_core.pipelines.vila_u_draft import AnswerDraft, AnswerOptions, Part, Utterance, Video
-from gesso_core.pipelines.vila_u_room import answering_bytes
+from gesso_core.pipelines.vila_u_room import answering_bytes, judging_bytes
 
 GREEDY = AnswerOptions(max_tokens=12)
 
@@ -162,7 +163,11 @@ def test_conversations_it_cannot_read_are_refused(
     assert caught.value.field == field
 
 
-def test_the_judge_gives_each_picture_its_own_probability(vila_u: VilaUPipeline) -> None:
+@pytest.mark.parametrize("way", ["answer", "caption"])
+def test_the_judge_gives_each_picture_its_own_score(
+    vila_u: VilaUPipeline, way: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vila_u.model, "config", replace(vila_u.model.config, judges_by=way))
     pictures = [picture(n) for n in range(5)]
     scores = vila_u.judge(pictures, "a red disc")
     assert all(0 <= score <= 1 for score in scores)
@@ -171,6 +176,25 @@ def test_the_judge_gives_each_picture_its_own_probability(vila_u: VilaUPipeline)
     assert vila_u.judge(pictures, "a red disc.") == scores
     assert vila_u.judge(pictures, "hello") != scores
     assert vila_u.judge([], "a red disc") == []
+    assert judging_bytes(vila_u, 5, "a red disc") > judging_bytes(vila_u, 2, "a red disc")
+
+
+def test_by_caption_the_score_is_the_mean_probability_of_its_tokens(
+    vila_u: VilaUPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vila_u.model, "config", replace(vila_u.model.config, judges_by="caption"))
+    ids = vila_u.chat.tokenizer.encode(" a red disc", add_special_tokens=False)
+    asked = vila_u.prompter.conversation([said(picture(0), CAPTION_QUESTION)])
+    told = vila_u.prompter.row(ids, [])
+    whole = Row(
+        ids_L=torch.cat([asked.ids_L, told.ids_L]),
+        codes_LD=torch.cat([asked.codes_LD, told.codes_LD]),
+        labels_LD=torch.cat([asked.labels_LD, told.labels_LD]),
+    )
+    logits = vila_u.model.text_logits(vila_u.model.states(pad_rows([whole])))[0]
+    log = logits[-len(ids) - 1 : -1].double().log_softmax(dim=-1)
+    mean = log.gather(1, torch.tensor(ids)[:, None]).mean().exp()
+    assert vila_u.judge([picture(0)], "a red disc")[0] == pytest.approx(float(mean), rel=1e-4)
 
 
 def test_the_judge_refuses_what_it_cannot_ask(vila_u: VilaUPipeline) -> None:

@@ -107,6 +107,14 @@ def test_kept_rows_are_those_of_the_picture_and_the_rest_follows_from_them(
     assert not torch.equal(other.codes_TD[2:], done.codes_TD[2:])
 
 
+def test_a_fitted_picture_is_seen_as_the_large_one_is(vila_u: VilaUPipeline) -> None:
+    large = picture(3, 70, 45)
+    fitted = vila_u.prompter.fitted(large)
+    assert fitted.shape == (16, 16, 3)
+    whole, small = vila_u.prompter.encode([large, fitted])
+    assert torch.equal(whole.codes_ND, small.codes_ND)
+
+
 def test_a_picture_in_the_prompt_counts(vila_u: VilaUPipeline) -> None:
     recipe = vila_u.recipe(asked(top_k=1, guidance_scale=1.0))
     before = vila_u.begin(recipe, picture(0))
@@ -219,3 +227,22 @@ def test_numbers_that_are_none_are_noticed(vila_u: VilaUPipeline) -> None:
     assert [draft.finite for draft in moved] == [False, True]
     assert torch.equal(moved[1].codes_TD, vila_u.advance([sound])[0].codes_TD)
     assert "NaN" in moved[0].describe_failure("not finite")
+
+
+@pytest.mark.parametrize("part", ["classifier", "unconditional"])
+def test_numbers_that_are_not_finite_are_seen_wherever_they_arise(
+    vila_u: VilaUPipeline, part: str
+) -> None:
+    draft = vila_u.begin(vila_u.recipe(asked(guidance_scale=3.0)))
+    bias_K = vila_u.model.depth_transformer.classifier.bias
+    kept = bias_K[0].item()
+    if part == "classifier":
+        bias_K.data[0] = torch.nan
+    else:
+        with torch.inference_mode():
+            draft.streams[1].cache.values_LHTe[:] = torch.nan
+    try:
+        (moved,) = vila_u.advance([draft])
+    finally:
+        bias_K.data[0] = kept
+    assert not moved.finite

@@ -30,9 +30,10 @@ from gesso_core.train.compose import COLORS, composite, palette_colors, shrink, 
 
 MODEL, BASE = "hart-tiny", "sana-tiny"
 HART_GATES = {
-    "held-in top-1": 0.60,
-    "held-in background": 0.90,
-    "held-out top-1": 0.50,
+    "held-in top-1": 0.85,
+    "held-in background": 0.95,
+    "held-out top-1": 0.80,
+    "held-out background": 0.95,
     "tokenizer: hybrid less discrete PSNR (dB)": 2.0,
 }
 WITHOUT_RESIDUAL = ("held-in", "held-out")  # prompt sets that are drawn from codes alone as well

@@ -41,6 +41,7 @@ SEED: Final = 3
 PER_SET: Final = 60  # pictures that are kept beside the weights
 BATCH: Final = 32
 PROMPTS: Final = 30
+OFFSETS: Final = (0, 1, 3, 7)  # of the pictures that the judge chooses from; the first is right
 ANSWER: Final = AnswerOptions(max_tokens=24)
 
 # Smallest allowed value of every gated measure; the others are only reported.
@@ -171,7 +172,19 @@ def understanding(
         question, answer = questions.judgement(shown, true=true)
         asked.append(question)
         right.append(answer)
-    return measures + _share(f"{name}: yes or no", answers(pipeline, pictures, asked), right)
+    measures += _share(f"{name}: yes or no", answers(pipeline, pictures, asked), right)
+    picked = judged(pipeline, pictures, known["caption"][1])
+    return [*measures, Measure(name=f"{name}: judge picks one of {len(OFFSETS)}", value=picked)]
+
+
+def judged(pipeline: VilaUPipeline, pictures: Sequence[Pixels], captions: Sequence[str]) -> float:
+    """Share of captions of which the judge finds the picture among some others."""
+    hits, count = 0, len(pictures)
+    for number, caption in enumerate(captions):
+        candidates = [pictures[(number + offset) % count] for offset in OFFSETS]
+        scores = pipeline.judge(candidates, caption)
+        hits += max(range(len(scores)), key=scores.__getitem__) == 0
+    return hits / count
 
 
 def drawing(pipeline: VilaUPipeline, references: Path, prompts: int) -> list[Measure]:

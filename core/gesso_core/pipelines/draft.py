@@ -47,6 +47,11 @@ class Draft:
         return GroupKey(self.recipe.latent_shape, self.recipe.guidance, loras)
 
     @property
+    def track(self) -> None:
+        """The group is the same at every step."""
+        return None
+
+    @property
     def cost(self) -> int:
         """Pixels of the picture as the model draws it."""
         return self.recipe.pixels

@@ -80,6 +80,11 @@ class HartDraft:
         return HartGroup(self.steps_done, self.recipe.guided, self.recipe.options)
 
     @property
+    def track(self) -> tuple[bool, DrawOptions]:
+        """A picture that came later shares a forward once it has reached the same scale."""
+        return self.recipe.guided, self.recipe.options
+
+    @property
     def cost(self) -> int:
         """Pixels of the picture as the model draws it."""
         return self.recipe.pixels

@@ -9,11 +9,15 @@ to blame stands alone.
 Order: the group that was served longest ago goes first (a group that was never served counts from
 its oldest arrival), and inside a group the first that came. So a lone picture of a rare size gets
 one step in every round, however many of another size wait.
+
+Where the steps of a picture differ, as the scales of a HART do, pictures that came at different
+times would never meet. Those on one track are brought together: a group gives its turn to the one
+furthest behind it, a limited number of times, until both are one group.
 """
 
 import itertools
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, Protocol, TypeVar
@@ -30,6 +34,14 @@ class StepDraft(Protocol):
     @property
     def group(self) -> Hashable:
         """Drafts of one model with equal groups can share a forward."""
+        ...
+
+    @property
+    def track(self) -> Hashable | None:
+        """Drafts of one model on one track form one group when they have done as many steps.
+
+        None where the group does not change from step to step.
+        """
         ...
 
     @property
@@ -68,6 +80,7 @@ class Advances(Protocol[D]):
         ...
 
 
+PATIENCE = 16  # turns that a group gives away, between two of its steps, to those behind it
 Group = tuple[int, Hashable]  # the model, and what its drafts must have in common
 
 
@@ -81,6 +94,7 @@ class Ticket(Generic[D]):
     on_step: Callable[[D], None] | None
     is_withdrawn: Callable[[], bool]
     arrived: int
+    served: int = -1  # its last turn; it takes this along into another group
     outcome: Future[D] = field(default_factory=Future)
 
     @property
@@ -101,6 +115,7 @@ class StepBatcher:
         self._tickets: list[Ticket[Any]] = []
         self._served: dict[Group, int] = {}
         self._fits: dict[Group, int] = {}
+        self._given: dict[Group, int] = {}
         self._clock = itertools.count()
         self._lock = threading.Lock()
 
@@ -133,7 +148,9 @@ class StepBatcher:
         self._retire_withdrawn()
         tickets = self._next_group()
         if tickets:
-            self._served[tickets[0].group] = next(self._clock)
+            turn = self._served[tickets[0].group] = next(self._clock)
+            for ticket in tickets:
+                ticket.served = turn
             self._advance(tickets)
         return len(tickets)
 
@@ -151,11 +168,39 @@ class StepBatcher:
                 groups.setdefault(ticket.group, []).append(ticket)
         self._served = {group: turn for group, turn in self._served.items() if group in groups}
         self._fits = {group: most for group, most in self._fits.items() if group in groups}
+        self._given = {group: turns for group, turns in self._given.items() if group in groups}
         if not groups:
             return []
-        group = min(groups, key=lambda key: self._served.get(key, groups[key][0].arrived))
+        group = min(groups, key=lambda key: self._last_turn(key, groups[key]))
+        group = self._with_those_behind(group, groups)
         most = max(1, self.max_batch_pixels // groups[group][0].draft.cost)
         return groups[group][: min(most, self._fits.get(group, most))]
+
+    def _last_turn(self, group: Group, tickets: Sequence[Ticket[Any]]) -> int:
+        """When it was served, or, if it never was, when the first of it came."""
+        served = max(self._served.get(group, -1), *(ticket.served for ticket in tickets))
+        return tickets[0].arrived if served < 0 else served
+
+    def _with_those_behind(
+        self, group: Group, groups: Mapping[Group, Sequence[Ticket[Any]]]
+    ) -> Group:
+        """The group itself, or the one furthest behind it that gets its turn."""
+        first = groups[group][0].draft
+        behind = {
+            other: tickets[0].draft.steps_done
+            for other, tickets in groups.items()
+            if first.track is not None
+            and other[0] == group[0]
+            and tickets[0].draft.track == first.track
+            and tickets[0].draft.steps_done < first.steps_done
+        }
+        given = self._given.get(group, 0)
+        if not behind or given >= PATIENCE:
+            self._given.pop(group, None)
+            return group
+        self._given[group] = given + 1
+        self._served[group] = next(self._clock)  # a turn is a turn: others are not kept waiting
+        return min(behind, key=behind.__getitem__)
 
     def _advance(self, tickets: Sequence[Ticket[Any]]) -> None:
         """One forward; on any failure the two halves try again, and one alone keeps its error."""

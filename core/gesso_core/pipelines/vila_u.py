@@ -58,7 +58,7 @@ class VilaUPipeline:
         self.entry, self.model, self.identity, self.domain = entry, model, identity, domain
         self.prompter = Prompter(model, tokenizer)
         self.chat = Chat(model, tokenizer, self.prompter)
-        self._judge = Judge(model, tokenizer, self.prompter)
+        self.judging = Judge(model, tokenizer, self.prompter)
 
     @property
     def autoencoder(self) -> str:
@@ -122,7 +122,9 @@ class VilaUPipeline:
             lengths = [stream.length + column for stream in streams]
             states_RS = next_states(self.model, codes_BD, rows, caches, lengths)
         codes_BwD = torch.stack(drawn, dim=1).cpu()
-        finite = states_RS.isfinite().all(dim=1).tolist()
+        finite_R = states_RS.isfinite().all(dim=1)
+        finite_B = finite_R[rows.conditional] & finite_R[rows.unconditional] & choose.finite_B
+        finite: list[bool] = finite_B.tolist()
         moved = [
             Stream(stream.cache, stream.length + width, state_S)
             for stream, state_S in zip(streams, states_RS, strict=True)
@@ -158,7 +160,7 @@ class VilaUPipeline:
 
     def judge(self, pictures: Sequence[Pixels], prompt: str) -> list[float]:
         """See `Judge`."""
-        return self._judge(pictures, prompt)
+        return self.judging(pictures, prompt)
 
     def kv_bytes(self, draft: DrawDraft | AnswerDraft) -> int:
         """Memory of a draft's keys and values, from its beginning to its end."""
@@ -209,10 +211,13 @@ class _Draws:
         )
         self.uniforms_BwD = uniforms_BwD.to(device)
         self.column = 0
+        self.finite_B = torch.ones(len(drafts), dtype=torch.bool, device=device)
 
     def __call__(self, logits_BK: Tensor, depth: int) -> Tensor:
         """(B, K) → (B,)."""
         probabilities_BK = probabilities(logits_BK, self.top_k_B, self.top_p_B)
+        # One logit that is not finite leaves no probability that is.
+        self.finite_B &= probabilities_BK[:, 0].isfinite()
         return inverse_cdf(probabilities_BK, self.uniforms_BwD[:, self.column, depth])
 
 

@@ -110,6 +110,11 @@ class DrawDraft:
         return "draw"
 
     @property
+    def track(self) -> None:
+        """The group is the same at every step."""
+        return None
+
+    @property
     def cost(self) -> int:
         """Pixels of one frame: what a step works on."""
         height, width = self.recipe.model_size
@@ -161,6 +166,11 @@ class AnswerDraft:
     def group(self) -> str:
         """All answers of one model share its forward."""
         return "answer"
+
+    @property
+    def track(self) -> None:
+        """The group is the same at every step."""
+        return None
 
     @property
     def cost(self) -> int:

@@ -1,9 +1,16 @@
-"""How well pictures show what a prompt asks for: the probability that the model says yes."""
+"""How well pictures show what a prompt asks for, as a number from 0 to 1.
 
-# B pictures   L tokens of a question   S width of the states   V vocabulary
+A model made for it is asked, and the score is the probability that it says yes. A small model names
+what it sees more surely than it compares; then the score is how likely it would describe the
+picture with the words of the prompt: the geometric mean of their probabilities. The configuration
+says which (`VilaUConfig.judges_by`). Scores of one prompt can be compared, those of two prompts
+only where the model is asked.
+"""
+
+# B pictures   L tokens of a question   S width of the states   V vocabulary   M words of a caption
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +19,7 @@ from gesso_core.errors import InvalidRequest
 from gesso_core.models.vila_u.model import VilaU
 from gesso_core.models.vila_u.rows import padded_rows
 from gesso_core.models.vila_u.template import (
+    CAPTION_QUESTION,
     JUDGE_QUESTION,
     PLACEHOLDER,
     Turn,
@@ -25,6 +33,13 @@ from gesso_core.pipelines.vila_u_prompt import Prompter
 BATCH: Final = 32
 
 
+class Question(NamedTuple):
+    """What the model reads: the question, and how many tokens at its end are the caption."""
+
+    ids: list[int]
+    caption_tokens: int
+
+
 class Judge:
     """Scores pictures; called with pictures and one prompt."""
 
@@ -34,35 +49,61 @@ class Judge:
 
     @torch.inference_mode()
     def __call__(self, pictures: Sequence[Pixels], prompt: str) -> list[float]:
-        """P(yes) / (P(yes) + P(no)) for every picture, in their order.
+        """A score for every picture, in their order.
 
         Raises:
             InvalidRequest: no prompt, one over the context, or a picture that is none.
         """
-        caption = prompt.strip().rstrip(".?!")
-        if not caption:
-            raise InvalidRequest("the prompt is empty; say what was asked for", field="prompt")
-        self.prompter.check_words(caption, "prompt")
-        text = f"{PLACEHOLDER}\n{JUDGE_QUESTION.format(caption=caption)}"
-        asked = conversation_text(self.prompter.template, [Turn(role="user", text=text)])
-        ids = tokenize(self.tokenizer, asked)
-        self.prompter.check_length(len(ids) - 1 + self.model.config.tokens, 0, "prompt")
+        question = self.question(prompt)
+        self.prompter.check_length(len(question.ids) - 1 + self.model.config.tokens, 0, "prompt")
         scores: list[float] = []
         for start in range(0, len(pictures), BATCH):
             coded = self.prompter.encode(pictures[start : start + BATCH])
             with explained("these pictures", "send fewer at once"):
-                rows = [self.prompter.row(ids, [picture]) for picture in coded]
-                states = [stream.state_S for stream in self.prompter.fill_all(rows, 0)]
-                scores += self._scores(torch.stack(states))
+                rows = [self.prompter.row(question.ids, [picture]) for picture in coded]
+                _, states_BLS = self.prompter.feed(rows, 0)
+                if question.caption_tokens:
+                    scores += self._likelihood(states_BLS, question)
+                else:
+                    scores += self._assent(states_BLS[:, -1])
         return scores
 
-    def _scores(self, states_BS: Tensor) -> list[float]:
-        logits_BV = self.model.text_logits(padded_rows(states_BS))[: len(states_BS)]
-        probabilities_BV = logits_BV.double().softmax(dim=-1)
+    def question(self, prompt: str) -> Question:
+        """The tokens about each picture, whose place is one of them."""
+        caption = prompt.strip().rstrip(".?!")
+        if not caption:
+            raise InvalidRequest("the prompt is empty; say what was asked for", field="prompt")
+        self.prompter.check_words(caption, "prompt")
+        by_caption = self.model.config.judges_by == "caption"
+        asked = CAPTION_QUESTION if by_caption else JUDGE_QUESTION.format(caption=caption)
+        turn = Turn(role="user", text=f"{PLACEHOLDER}\n{asked}")
+        ids = tokenize(self.tokenizer, conversation_text(self.prompter.template, [turn]))
+        if not by_caption:
+            return Question(ids, 0)
+        said: list[int] = self.tokenizer.encode(f" {caption}", add_special_tokens=False)
+        return Question(ids + said, len(said))
+
+    def _assent(self, states_BS: Tensor) -> list[float]:
+        """P(yes) / (P(yes) + P(no))."""
+        probabilities_BV = self._log_probabilities(states_BS).exp()
         yes_B = probabilities_BV[:, self.yes].sum(dim=1)
         no_B = probabilities_BV[:, self.no].sum(dim=1)
         scores: list[float] = (yes_B / (yes_B + no_B).clamp(min=1e-30)).tolist()
         return scores
+
+    def _likelihood(self, states_BLS: Tensor, question: Question) -> list[float]:
+        """The geometric mean of P(token of the caption | picture, tokens before)."""
+        count = question.caption_tokens
+        said_M = torch.tensor(question.ids[-count:], device=states_BLS.device)
+        before_BMS = states_BLS[:, -count - 1 : -1]
+        log_NV = self._log_probabilities(before_BMS.flatten(0, 1))
+        log_BM = log_NV.gather(1, said_M.repeat(len(states_BLS))[:, None]).view(-1, count)
+        scores: list[float] = log_BM.mean(dim=1).exp().tolist()
+        return scores
+
+    def _log_probabilities(self, states_NS: Tensor) -> Tensor:
+        logits_NV = self.model.text_logits(padded_rows(states_NS))[: len(states_NS)]
+        return logits_NV.double().log_softmax(dim=-1)
 
 
 def _first_tokens(tokenizer: Any, word: str) -> list[int]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from gesso_core.errors import InvalidRequest
 from gesso_core.models.vila_u.config import SPECIAL_TOKENS
 from gesso_core.models.vila_u.model import VilaU
+from gesso_core.models.vila_u.rows import RowCache
 from gesso_core.models.vila_u.splice import Picture, Row, pad_rows, splice
 from gesso_core.models.vila_u.template import (
     PLACEHOLDER,
@@ -29,7 +30,7 @@ from gesso_core.models.vila_u.template import (
     tokenize,
 )
 from gesso_core.models.vila_u.vision_tower import preprocess
-from gesso_core.pipelines.pictures import Pixels
+from gesso_core.pipelines.pictures import Pixels, stretched
 from gesso_core.pipelines.vila_u_draft import Part, Stream, Utterance, Video
 
 
@@ -81,6 +82,11 @@ class Prompter:
         depth, vocabulary = self.config.depth.depth, self.config.vocabulary
         return splice(ids, pictures, depth=depth, vocabulary=vocabulary)
 
+    def fitted(self, pixels_HWC: Pixels) -> Pixels:
+        """A picture as the tower looks at it; those who keep many of them keep these."""
+        side = self.config.tower.image_size
+        return stretched(pixels_HWC, side, side)
+
     def encode(self, pictures: Sequence[Pixels]) -> list[Picture]:
         """Codes of pictures of any size; each is encoded alone, so that none changes another's."""
         tower, device = self.model.tower, self.model.device
@@ -113,21 +119,23 @@ class Prompter:
 
     def fill(self, row: Row, more: int) -> Stream:
         """Feed a prompt, with room for ``more`` tokens behind it."""
-        return self.fill_all([row], more)[0]
+        (cache,), states_1LS = self.feed([row], more)
+        return Stream(cache, len(row), states_1LS[0, -1])
 
-    def fill_all(self, rows: Sequence[Row], more: int) -> list[Stream]:
-        """Feed prompts of one length together."""
+    def feed(self, rows: Sequence[Row], more: int) -> tuple[list[RowCache], Tensor]:
+        """Feed prompts of one length together: their caches, and the states (B, L', S).
+
+        States are those behind what all prompts of the model have in common.
+        """
         shared = min(self._shared_with_head(row) for row in rows)
         _, head = self._head_stream()
         batch = pad_rows(rows).to(self.model.device)
         embeddings_BLS = self.model.embed(batch)[:, shared:]
-        length = len(rows[0])
         caches = [
-            self.model.rows.new_cache(length + more, embeddings_BLS, head.cache, shared)
-            for _ in rows
+            self.model.rows.new_cache(len(row) + more, embeddings_BLS, head.cache, shared)
+            for row in rows
         ]
-        states_BLS = self.model.rows(embeddings_BLS, caches, [shared] * len(rows))
-        return [Stream(c, length, s) for c, s in zip(caches, states_BLS[:, -1], strict=True)]
+        return caches, self.model.rows(embeddings_BLS, caches, [shared] * len(rows))
 
     def unconditional(self, more: int, *, video: bool = False) -> Stream:
         """The prompt that asks for any picture, copied from the first time it was fed."""

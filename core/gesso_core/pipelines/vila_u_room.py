@@ -5,13 +5,7 @@ Nothing is fed: texts are read into tokens, and a picture counts as the tokens t
 
 from collections.abc import Sequence
 
-from gesso_core.models.vila_u.template import (
-    JUDGE_QUESTION,
-    PLACEHOLDER,
-    Turn,
-    conversation_text,
-    tokenize,
-)
+from gesso_core.models.vila_u.template import PLACEHOLDER
 from gesso_core.pipelines.vila_u import VilaUPipeline
 from gesso_core.pipelines.vila_u_draft import AnswerOptions, DrawRecipe, Utterance
 
@@ -39,9 +33,10 @@ def answering_bytes(
 
 
 def judging_bytes(pipeline: VilaUPipeline, pictures: int, prompt: str) -> int:
-    """Bytes of judging so many pictures together."""
-    text = f"{PLACEHOLDER}\n{JUDGE_QUESTION.format(caption=prompt.strip())}"
-    asked = conversation_text(pipeline.prompter.template, [Turn(role="user", text=text)])
-    ids = tokenize(pipeline.prompter.tokenizer, asked)
-    tokens = len(ids) - 1 + pipeline.model.config.tokens
+    """Bytes of judging so many pictures together.
+
+    Raises:
+        InvalidRequest: a prompt that the model cannot read.
+    """
+    tokens = len(pipeline.judging.question(prompt).ids) - 1 + pipeline.model.config.tokens
     return pictures * pipeline.kv_bytes_needed(tokens, 0)

@@ -6,14 +6,14 @@ looks exactly like the unconditional row of guidance.
 Axes: B batch, L text slots, S text channels, h and w latent sides, C latent channels.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from gesso_core.models.hart.config import HART_CONFIGS
+from gesso_core.models.hart.config import HART_CONFIGS, HARTConfig
 from gesso_core.models.hart.initialization import initialize_weights
 from gesso_core.models.hart.losses import TrainingLosses, sampled_codes, training_losses
 from gesso_core.models.hart.quantizer import MultiScaleQuantizer
@@ -69,7 +69,7 @@ def train_hart(
         folder: where the state and the loss plot are.
         device: where to compute.
     """
-    state = _new_state(training, device)
+    state = _new_state(training, hart_config(training, quantizer), device)
     state.resume(folder / "state.safetensors")
     model = state.model
     assert isinstance(model, HART)
@@ -126,9 +126,16 @@ def _text(model: HART, batch: Batch, generator: Generator) -> HARTText:
     return model.encode_text(without_text(text_BLS, dropped_B), mask_BL, positions_BL)
 
 
-def _new_state(training: HARTTraining, device: str) -> RunState:
+def hart_config(training: HARTTraining, quantizer: MultiScaleQuantizer) -> HARTConfig:
+    """The transformer's configuration for the codes and scales of a tokenizer."""
+    return replace(
+        HART_CONFIGS[training.config], vocabulary=quantizer.vocabulary, scales=quantizer.scales
+    )
+
+
+def _new_state(training: HARTTraining, config: HARTConfig, device: str) -> RunState:
     generator = Generator().manual_seed(SEED)
-    model = HART(HART_CONFIGS[training.config])
+    model = HART(config)
     initialize_weights(model, generator)
     model.to(device)
     return RunState(

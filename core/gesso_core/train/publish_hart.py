@@ -12,26 +12,25 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gesso_core.errors import WeightsError
 from gesso_core.hub import resolve, weights_hash
 from gesso_core.hub.load_hart import TRANSFORMER
-from gesso_core.models.hart.config import HART_CONFIGS, HARTConfig
+from gesso_core.models.hart.config import HARTConfig
 from gesso_core.models.hart.transformer import HART
 from gesso_core.models.keys.hart import HART_ORIGINAL
 from gesso_core.models.keys.translate import untranslate
 from gesso_core.safe_files import read_tensors
-from gesso_core.train.hart import HART_TRAINING, SEED, hart_data
-from gesso_core.train.hart_tokenizer import FOLDER, publish_hart_tokenizer
+from gesso_core.train.hart import HART_TRAINING, SEED, hart_config, hart_data
+from gesso_core.train.hart_tokenizer import FOLDER, load_trained_quantizer, publish_hart_tokenizer
 from gesso_core.train.packages import LOCK_HASH
-from gesso_core.train.publish import LICENCE, TEXT_STATS
+from gesso_core.train.publish import LICENCE, TEXT_STATS, git_revision
 from gesso_core.train.run_state import load_averaged, read_counters
 from gesso_core.train.stages import TEXT_ENCODER, Workspace
 
-BASE: Final = "sana-tiny"  # was trained on the same captions: its text statistics are these
+BASE: Final = "sana-tiny"  # from the same captions: text statistics and known things are its own
 WEIGHTS: Final = "model.safetensors"
 # Found on held-in prompts; see the gates beside the weights.
 DRAWING: Final[dict[str, Any]] = {
-    "guidance_scale": 3.0,
+    "guidance_scale": 2.0,
     "top_k": 5,
     "top_p": 0.0,
     "smooth": False,
@@ -44,9 +43,8 @@ def run_publish_hart(workspace: Workspace) -> None:
     folder = workspace.weights / "hart-tiny"
     state = workspace.run / FOLDER / "transformer" / "state.safetensors"
     training = HART_TRAINING[workspace.profile.name]
-    model = HART(HART_CONFIGS[training.config])
+    model = HART(hart_config(training, load_trained_quantizer(workspace)))
     load_averaged(model, state)
-    _require_same_statistics(workspace)
     publish_hart_tokenizer(workspace, folder / "tokenizer")
     counters = read_counters(state)
     about = {
@@ -62,10 +60,12 @@ def run_publish_hart(workspace: Workspace) -> None:
         "model": "hart-tiny",
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "data_lock_sha256": LOCK_HASH,
+        "trainer_revision": git_revision(),
         "license": LICENCE,
         **about,
     }
-    links = {"_class_name": "HART", "base": BASE, "text_encoder": TEXT_ENCODER}
+    links = {"_class_name": "HART", "text_encoder": TEXT_ENCODER}
+    links |= _text_statistics(workspace, folder)
     _write_json(folder / "config.json", {**links, **DRAWING})
     _write_json(folder / "card.json", card)
     for path in folder.rglob("*"):
@@ -103,14 +103,14 @@ def _buffers(config: HARTConfig) -> dict[str, Tensor]:
     return {"lvl_1L": levels[None], **zeros}
 
 
-def _require_same_statistics(workspace: Workspace) -> None:
+def _text_statistics(workspace: Workspace, folder: Path) -> dict[str, Any]:
+    """The model whose text statistics these are; without one they are kept in the folder."""
     mean, std = hart_data(workspace).states.statistics()
     stored = read_tensors(resolve(BASE) / TEXT_STATS)
-    if not (torch.allclose(stored["mean"], mean) and torch.allclose(stored["std"], std)):
-        raise WeightsError(
-            f"{BASE} was trained on other captions than this HART, so their text statistics "
-            "differ; publish both from one run"
-        )
+    if torch.allclose(stored["mean"], mean) and torch.allclose(stored["std"], std):
+        return {"base": BASE}
+    save_file({"mean": mean.contiguous(), "std": std.contiguous()}, folder / TEXT_STATS)
+    return {}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

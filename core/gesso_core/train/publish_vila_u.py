@@ -101,6 +101,7 @@ def _top_config(model: VilaU) -> dict[str, Any]:
         "mm_use_im_patch_token": False,
         "num_video_frames": config.video_frames,
         "chat_template_gesso": asdict(config.template),
+        "judge_gesso": config.judges_by,
     }
 
 

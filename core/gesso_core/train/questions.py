@@ -9,7 +9,12 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from gesso_core.models.vila_u.template import JUDGE_QUESTION, PLACEHOLDER, Turn
+from gesso_core.models.vila_u.template import (
+    CAPTION_QUESTION,
+    JUDGE_QUESTION,
+    PLACEHOLDER,
+    Turn,
+)
 from gesso_core.train.captions import MAIN, with_article
 from gesso_core.train.compose import COLORS
 from gesso_core.train.concepts import Concept, md5_int
@@ -17,7 +22,7 @@ from gesso_core.train.sprites import STYLES
 
 YES, NO = "yes", "no"
 CAPTION = (
-    "describe the picture",
+    CAPTION_QUESTION,
     "Describe this image.",
     "caption this picture",
     "write a caption",
@@ -125,7 +130,7 @@ class Questions:
 
     def claims(self, shown: Shown, turns: int) -> list[Turn]:
         """A conversation of claims about one picture, each answered with yes or no."""
-        kinds = (self._judge, self._judge, self._is)
+        kinds = (self._judge, self._is, self._is)
         return _conversation([self.rng.choice(kinds)(shown) for _ in range(turns)])
 
     def change(self, shown: Shown, changed: Shown) -> str:
@@ -191,7 +196,7 @@ class Questions:
                 return claimed
 
     def _is(self, shown: Shown) -> tuple[str, str]:
-        patterns = self.rng.choice((IS_THING, IS_COLOR, IS_STYLE))
+        patterns = self.rng.choice((IS_THING, IS_COLOR, IS_COLOR, IS_STYLE))
         pattern = self.rng.choice(patterns)
         claimed = self._wrong_in(shown, pattern) if self.rng.random() < 0.5 else shown
         return describe(self.concepts, claimed, pattern), YES if claimed == shown else NO

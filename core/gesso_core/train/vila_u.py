@@ -84,6 +84,7 @@ def new_model(tower: VisionTower, tokenizer: Tokenizer, entries: int) -> VilaU:
         context=llama.max_position_embeddings,
         video_frames=0,
         template=SHORT,
+        judges_by="caption",
     )
     model = VilaU(
         config,

@@ -40,7 +40,7 @@ from gesso_core.train.sprites import SpriteSet
 VIEWS = 4
 CHUNK = 64
 TURNS = (1, 1, 2)  # of a conversation; a later answer can often be read off an earlier one
-CLAIMS, CLAIM_TURNS = 0.4, 3  # share of conversations of yes and no, and their length
+CLAIMS, CLAIM_TURNS = 0.3, 3  # share of conversations of yes and no, and their length
 # Shares of lessons. Those that ask for a picture without saying which serve guidance.
 SEE, DRAW, CHANGE, TALK = 0.52, 0.39, 0.06, 0.03
 UNCONDITIONAL = 0.1

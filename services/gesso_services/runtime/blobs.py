@@ -85,6 +85,14 @@ class BlobStore:
             return Inline(data=data, media_type=media_type, dtype=dtype, shape=shape)
         return await self.put(data, media_type, dtype=dtype, shape=shape)
 
+    async def laid_down(self, payload: Inline | BlobRef) -> BlobRef:
+        """A payload as a blob, put where it is inline."""
+        if isinstance(payload, BlobRef):
+            return payload
+        return await self.put(
+            payload.data, payload.media_type, dtype=payload.dtype, shape=payload.shape
+        )
+
     def _chunks(self, size: int) -> range:
         return range(-(-size // self.chunk_bytes))
 

@@ -6,6 +6,7 @@ variances are learned between their two bounds (section 3.1 there). Tables are f
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -48,37 +49,37 @@ class NoiseSchedule:
         before = torch.cat([torch.ones(1, dtype=torch.float64, device="cpu"), cumulative[:-1]])
         return NoiseSchedule(1 - cumulative / before, kept)
 
-    @property
+    @cached_property
     def cumulative(self) -> Tensor:
         """Product of all ``1 - β`` so far."""
         return (1 - self.betas_T).cumprod(dim=0)
 
-    @property
+    @cached_property
     def _before(self) -> Tensor:
         return torch.cat([torch.ones(1, dtype=torch.float64, device="cpu"), self.cumulative[:-1]])
 
-    @property
+    @cached_property
     def least_log_variance(self) -> Tensor:
         """Smallest log variance of a step; that of step 0 is taken from step 1."""
         variance = self.betas_T * (1 - self._before) / (1 - self.cumulative)
         return torch.cat([variance[1:2] if len(self) > 1 else variance, variance[1:]]).log()
 
-    @property
+    @cached_property
     def mean_of_clean(self) -> Tensor:
         """Weight of the clean value in the mean of a step."""
         return self.betas_T * self._before.sqrt() / (1 - self.cumulative)
 
-    @property
+    @cached_property
     def mean_of_noisy(self) -> Tensor:
         """Weight of the noisy value in the mean of a step."""
         return (1 - self._before) * (1 - self.betas_T).sqrt() / (1 - self.cumulative)
 
-    @property
+    @cached_property
     def clean_of_noisy(self) -> Tensor:
         """Weight of the noisy value in the clean one."""
         return (1 / self.cumulative).sqrt()
 
-    @property
+    @cached_property
     def clean_of_noise(self) -> Tensor:
         """Weight, to be subtracted, of the noise in the clean value."""
         return (1 / self.cumulative - 1).sqrt()

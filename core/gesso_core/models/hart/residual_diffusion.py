@@ -57,7 +57,10 @@ class ResidualNetwork(nn.Module):
         self.head = Linear(width, 2 * channels)
 
     def forward(self, x_RC: Tensor, time_R: Tensor, condition_RW: Tensor) -> Tensor:
-        """(R, 2·C): noise, then variance channels; ``condition_RW`` is embedded already."""
+        """(R, 2·C): noise, then variance channels.
+
+        ``condition_RW`` is embedded already; ``time_R`` may be one time for all rows, (1,).
+        """
         active = F.silu(self.time(time_R) + condition_RW)
         hidden: Tensor = self.input(x_RC)
         for block in self.blocks:
@@ -131,8 +134,8 @@ class ResidualDiffusion(nn.Module):
             guidance_R1: t, one number or one per row.
         """
         both = torch.cat([x_RC, x_RC]).to(condition_2RW.dtype)
-        times = torch.full((len(both),), float(time), device=x_RC.device)
-        noise, variance = self.net(both, times, condition_2RW).float().chunk(2, dim=-1)
+        time_1 = torch.full((1,), float(time), device=x_RC.device)
+        noise, variance = self.net(both, time_1, condition_2RW).float().chunk(2, dim=-1)
         conditional, unconditional = noise.chunk(2)
         return (1 + guidance_R1) * conditional - guidance_R1 * unconditional, variance
 
@@ -174,8 +177,8 @@ class ResidualDiffusion(nn.Module):
         embedded_RW = self.net.condition(condition_RZ)
 
         def predict(x_RC: Tensor, time: int) -> tuple[Tensor, Tensor]:
-            times = torch.full((len(x_RC),), float(time), device=x_RC.device)
-            predicted: Tensor = self.net(x_RC.to(embedded_RW.dtype), times, embedded_RW)
+            time_1 = torch.full((1,), float(time), device=x_RC.device)
+            predicted: Tensor = self.net(x_RC.to(embedded_RW.dtype), time_1, embedded_RW)
             noise, variance = predicted.float().chunk(2, dim=-1)
             return noise, variance
 

@@ -6,7 +6,7 @@ A published model is a folder with ``config.json`` and three folders of their ow
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 from gesso_core.errors import ConfigError
 from gesso_core.models.vila_u.depth_transformer import DepthConfig
@@ -15,6 +15,7 @@ from gesso_core.models.vila_u.tower_config import TowerConfig
 
 SPECIAL_TOKENS = ("<im_start>", "<im_end>", "<vi_start>", "<vi_end>")
 PUBLISHED_FRAMES = 8
+Judging = Literal["answer", "caption"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,8 @@ class VilaUConfig:
     """What is fixed by the weights; the language model's own sizes are in its transformers config.
 
     ``vocabulary`` counts the four special tokens, which are its last rows. ``context`` is the
-    longest stream in tokens. ``video_frames`` is 0 for a model without video.
+    longest stream in tokens. ``video_frames`` is 0 for a model without video. ``judges_by`` says
+    how it scores pictures: by saying yes, or by describing them.
     """
 
     tower: TowerConfig
@@ -33,6 +35,7 @@ class VilaUConfig:
     projector: str = "mlp2x_gelu"
     video_frames: int = PUBLISHED_FRAMES
     template: Template = field(default=VICUNA_V1)
+    judges_by: Judging = "answer"
 
     def __post_init__(self) -> None:
         sizes = {
@@ -51,6 +54,8 @@ class VilaUConfig:
                 f"the depth transformer draws from {self.depth.codebook} codes, the vision tower "
                 f"has {self.tower.codebook_size}; the folders are not of one model"
             )
+        if self.judges_by not in get_args(Judging):
+            raise ConfigError(f"judge_gesso {self.judges_by!r}; known: {get_args(Judging)}")
         if self.vocabulary <= len(SPECIAL_TOKENS):
             raise ConfigError(f"a vocabulary of {self.vocabulary} has no place for special tokens")
 
@@ -89,7 +94,8 @@ class VilaUConfig:
     ) -> "VilaUConfig":
         """From the four ``config.json`` of a published folder.
 
-        ``chat_template_gesso`` of the first, where there is one, replaces the Vicuna template.
+        ``chat_template_gesso`` of the first, where there is one, replaces the Vicuna template, and
+        ``judge_gesso`` is ``judges_by``.
         """
         try:
             frames = top.get("num_video_frames", PUBLISHED_FRAMES)
@@ -102,6 +108,7 @@ class VilaUConfig:
                 projector=str(mm_projector.get("mm_projector_type", cls.projector)),
                 video_frames=int(frames) if top.get("mm_use_vi_start_end", True) else 0,
                 template=template_from(top.get("chat_template_gesso")),
+                judges_by=top.get("judge_gesso", cls.judges_by),
             )
         except KeyError as missing:
             raise ConfigError(

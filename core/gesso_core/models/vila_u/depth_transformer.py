@@ -20,6 +20,7 @@ from gesso_core.errors import ConfigError
 
 # R positions of all pictures   D codes of a position   E width   H heads   e channels of a head
 # C width of a code vector      S width of the language model's states     K codes in the codebook
+# F channels of the fused product: queries, keys and values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,20 +74,24 @@ class DepthConfig:
 
 
 class DepthCache:
-    """Keys and values of every layer, with room for D positions."""
+    """Keys and values of every layer, with room for D positions.
+
+    A position's keys and values lie side by side, as the fused product gives them, so that keeping
+    them is one copy.
+    """
 
     def __init__(self, config: DepthConfig, rows: int, like: Tensor) -> None:
-        shape = (config.layers, 2, rows, config.heads, config.depth, config.width // config.heads)
-        self.values_L2RHDe = like.new_empty(shape)
-        self.length = 0
+        shape = (rows, config.depth, 2 * config.width)
+        self.layers = [like.new_empty(shape) for _ in range(config.layers)]
+        self.heads, self.length = config.heads, 0
 
-    def append(self, layer: int, k_RHDe: Tensor, v_RHDe: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep the new keys and values of a layer; returns those of all positions so far."""
-        end = self.length + k_RHDe.shape[2]
-        keys, values = self.values_L2RHDe[layer]
-        keys[:, :, self.length : end] = k_RHDe
-        values[:, :, self.length : end] = v_RHDe
-        return keys[:, :, :end], values[:, :, :end]
+    def append(self, layer: int, both_R2E: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep the keys and values of a new position; those of all positions (R, H, D', e)."""
+        buffer_RDF, end = self.layers[layer], self.length + 1
+        buffer_RDF[:, self.length] = both_R2E
+        both = buffer_RDF[:, :end].view(len(both_R2E), end, 2, self.heads, -1)
+        keys, values = both.permute(2, 0, 3, 1, 4)
+        return keys, values
 
 
 class DepthBlock(nn.Module):
@@ -103,17 +108,25 @@ class DepthBlock(nn.Module):
         self.expand = nn.Linear(width, 4 * width)
         self.project = nn.Linear(4 * width, width)
 
-    def forward(self, x_RDE: Tensor, cache: DepthCache | None = None, layer: int = 0) -> Tensor:
-        """(R, D', E) → (R, D', E); with a cache, D' = 1 new position (or the first few)."""
+    def forward(self, x_RDE: Tensor) -> Tensor:
+        """(R, D', E) → (R, D', E), causal."""
         q, k, v = (self._split(part) for part in self.qkv(self.norm1(x_RDE)).chunk(3, dim=-1))
-        causal = x_RDE.shape[1] > 1
-        if cache is not None:
-            k, v = cache.append(layer, k, v)
-        mixed_RHDe = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        mixed_RHDe = F.scaled_dot_product_attention(q, k, v, is_causal=x_RDE.shape[1] > 1)
         mixed_RDE = self.out(mixed_RHDe.transpose(1, 2).flatten(2))
         x_RDE = x_RDE + F.dropout(mixed_RDE, self.dropout, self.training)
         hidden_RDE = self.project(F.gelu(self.expand(self.norm2(x_RDE))))
         return x_RDE + F.dropout(hidden_RDE, self.dropout, self.training)
+
+    def step(self, x_RE: Tensor, cache: DepthCache, layer: int) -> Tensor:
+        """(R, E) → (R, E) of one new position behind those in the cache; for drawing only."""
+        rows, width = x_RE.shape
+        qkv_RF = self.qkv(self.norm1(x_RE))
+        q_RH1e = qkv_RF[:, :width].view(rows, self.heads, 1, -1)
+        keys, values = cache.append(layer, qkv_RF[:, width:])
+        mixed_RH1e = F.scaled_dot_product_attention(q_RH1e, keys, values)
+        x_RE = x_RE + self.out(mixed_RH1e.reshape(rows, width))
+        stepped: Tensor = x_RE + self.project(F.gelu(self.expand(self.norm2(x_RE))))
+        return stepped
 
     def _split(self, x_RDE: Tensor) -> Tensor:
         rows, length, width = x_RDE.shape
@@ -170,9 +183,10 @@ class DepthTransformer(nn.Module):
         return logits_RK
 
     def _next(self, input_RE: Tensor, cache: DepthCache) -> Tensor:
-        x_R1E = (input_RE + self.position_1DE[0, cache.length])[:, None]
+        x_RE = input_RE + self.position_1DE[0, cache.length]
         for layer, block in enumerate(self.blocks):
-            x_R1E = block(x_R1E, cache, layer)
+            assert isinstance(block, DepthBlock)
+            x_RE = block.step(x_RE, cache, layer)
         cache.length += 1
-        logits_RK: Tensor = self.classifier(self.norm(x_R1E[:, 0]))
+        logits_RK: Tensor = self.classifier(self.norm(x_RE))
         return logits_RK

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from gesso_core.models.vila_u.llama_step import is_llama, llama_step
+
 # B rows   t new tokens of every row   S state width   H heads   L layers   e channels of a head
 ATTENTION: Final = "gesso_rows"
 # A matrix product rounds the last one to three rows behind a multiple of four differently, on any
@@ -65,13 +67,17 @@ class _Rows:
             values.append(buffer_HTe[:, :end])
         return _Ragged(keys), _Ragged(values)
 
+    def attend(self, q_BH1e: Tensor, k_BH1e: Tensor, v_BH1e: Tensor, layer: int) -> Tensor:
+        """Keep one new token of every row, and attend to all of them; (B, 1, H, e)."""
+        return attention(None, q_BH1e, *self.update(k_BH1e, v_BH1e, layer), None)[0]
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Of the longest row; positions are given explicitly, so nothing follows from it."""
         return max(self.lengths)
 
 
 def attention(
-    module: nn.Module,
+    module: nn.Module | None,
     q_BHte: Tensor,
     key: Tensor | _Ragged,
     value: Tensor | _Ragged,
@@ -148,6 +154,7 @@ class RowRunner:
         self.head_dim = int(getattr(config, "head_dim", None) or default)
         names = inspect.signature(inspect.unwrap(type(self.decoder).forward)).parameters
         self.cache_argument = "cache" if "cache" in names else "past_key_values"
+        self.is_llama = is_llama(self.decoder)
 
     def new_cache(
         self, room: int, like: Tensor, prefix: RowCache | None = None, shared: int = 0
@@ -180,11 +187,14 @@ class RowRunner:
         if spare:  # more rows for the matrix products; nobody attends to them
             embeddings_BtS = torch.cat([embeddings_BtS, embeddings_BtS[-1:].expand(spare, -1, -1)])
         starts_B1 = torch.tensor(starts, device=embeddings_BtS.device)[:, None]
+        cache = _Rows(caches, lengths)
+        if new == 1 and self.is_llama:
+            return llama_step(self.decoder, embeddings_BtS, starts_B1, cache.attend)[:rows]
         output = self.decoder(
             inputs_embeds=embeddings_BtS,
             position_ids=starts_B1 + torch.arange(new, device=embeddings_BtS.device),
             use_cache=True,
-            **{self.cache_argument: _Rows(caches, lengths)},
+            **{self.cache_argument: cache},
         )
         states_BtS: Tensor = output.last_hidden_state[:rows]
         return states_BtS

@@ -13,6 +13,7 @@ from gesso_core.errors import ConfigError, InvalidRequest
 from gesso_core.models.vila_u.splice import IGNORED, IMAGE_PLACEHOLDER
 
 PLACEHOLDER: Final = "<image>"
+CAPTION_QUESTION: Final = "describe the picture"
 JUDGE_QUESTION: Final = "does this picture show {caption}?"
 # The sentence that the published models were trained with, by its SHA-256.
 SYSTEM_SHA256: Final = "1fa69e2371b762d1882b0bd98d284f312a36c27add732016e12e52586f98a9f5"
