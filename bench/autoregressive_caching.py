@@ -60,7 +60,8 @@ def caching(hart: HartPipeline, vila_u: VilaUPipeline, sizes: Sizes) -> Iterator
         text = _random_text(model, batch)
         run = partial(_drawn, model, quantizer, text, _options(hart))
         label = f"hart, tiny width, random weights, scales {_listed(sizes.scales)}"
-        yield _hart_row(f"{label}, {sizes.text_slots} text slots", model, run, batch, sizes.repeats)
+        few = max(1, sizes.repeats // 5)  # a run takes seconds
+        yield _hart_row(f"{label}, {sizes.text_slots} text slots", model, run, batch, few)
     transformer, tables = vila_u.model.depth_transformer, vila_u.model.tower.quantizer.tables
     table_KC = tables[0].table_VC
     for drawings in sizes.drawings:
@@ -134,7 +135,12 @@ def _drawn(
 def _options(pipeline: HartPipeline) -> DrawOptions:
     """As the small HART is drawn from."""
     defaults = pipeline.defaults
-    return DrawOptions(top_k=defaults.top_k, top_p=defaults.top_p, smooth=defaults.smooth)
+    return DrawOptions(
+        top_k=defaults.top_k,
+        top_p=defaults.top_p,
+        smooth=defaults.smooth,
+        temperature=defaults.temperature,
+    )
 
 
 def _served(pipeline: HartPipeline, batch: int) -> Generated:

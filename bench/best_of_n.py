@@ -43,9 +43,9 @@ AT_ONCE, CONFIRMED = 3, 5
 MEASURES = ("top1", "styled", "background", "all")
 SETS = {
     "held-out compositions": fixed.held_out,
+    "everyday words": fixed.everyday,
     "trained keywords, new arrangement": fixed.trained_keywords,
     "trained keywords, new wording": partial(fixed.trained_keywords, template=fixed.NEW_WORDING),
-    "everyday words": fixed.everyday,
 }
 
 

@@ -38,7 +38,9 @@ T = TypeVar("T")
 class AutoencoderSettings(ServiceSettings):
     """Options of the service; environment ``GESSO_AUTOENCODER_*``."""
 
-    models: tuple[str, ...] = Field(("dcae-tiny",), description="registry names to serve")
+    models: tuple[str, ...] = Field(
+        ("dcae-tiny", "vilau-tiny-tower"), description="registry names to serve"
+    )
     folders: dict[str, Path] = Field(
         default_factory=dict, description="model folders to serve, by the name they get"
     )

@@ -126,11 +126,10 @@ class Drawing:
     def _previews(self, model: Draws, job: JobContext, every: int) -> Previews[Any]:
         """Shows drafts of ``model`` until the finished picture is painted."""
 
-        async def paint(draft: Any) -> bytes:
-            sketch = _sketch(model, draft.recipe, model.latent(draft))
-            return await self.workshop.painter.preview(sketch)
+        def sketch(draft: Any) -> Sketch:
+            return _sketch(model, draft.recipe, model.latent(draft))
 
-        return Previews(paint, job, every=every)
+        return Previews(sketch, self.workshop.painter.preview, job, every=every)
 
 
 def _sketch(model: Draws, recipe: Any, latent_CHW: Tensor) -> Sketch:

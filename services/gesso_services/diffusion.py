@@ -158,11 +158,11 @@ class DiffusionService:
     ) -> Draft:
         """The finished draft; progress and previews are told on the way."""
 
-        async def paint(draft: Draft) -> bytes:
+        def sketch(draft: Draft) -> Sketch:
             assert draft.denoised_CHW is not None  # previews follow a step
-            return await self.painter.preview(_sketch(denoiser, draft, draft.denoised_CHW))
+            return _sketch(denoiser, draft, draft.denoised_CHW)
 
-        previews = Previews(paint, job, every=preview_every)
+        previews = Previews(sketch, self.painter.preview, job, every=preview_every)
 
         def on_step(draft: Draft) -> None:
             job.report(draft.steps_done, draft.recipe.steps)

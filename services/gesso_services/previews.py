@@ -8,6 +8,7 @@ from typing import Generic, Self
 from gesso_core.errors import GessoError
 from gesso_core.pipelines.step_batcher import D
 
+from gesso_services.painting import Sketch
 from gesso_services.runtime.job_context import JobContext
 
 log = logging.getLogger(__name__)
@@ -16,13 +17,19 @@ log = logging.getLogger(__name__)
 class Previews(Generic[D]):
     """Shows every ``every``-th step of ``job`` (0: none), as WebP bytes from ``paint``.
 
+    Painted is the ``sketch`` of a draft; the draft itself, with all that it remembers, is let go.
     ``offer`` is called in the thread that makes the steps and returns at once.
     """
 
     def __init__(
-        self, paint: Callable[[D], Awaitable[bytes]], job: JobContext, *, every: int
+        self,
+        sketch: Callable[[D], Sketch],
+        paint: Callable[[Sketch], Awaitable[bytes]],
+        job: JobContext,
+        *,
+        every: int,
     ) -> None:
-        self._paint = paint
+        self._sketch, self._paint = sketch, paint
         self._job = job
         self._every = every
         self._loop = asyncio.get_running_loop()
@@ -52,11 +59,11 @@ class Previews(Generic[D]):
 
     def _begin(self, draft: D) -> None:
         if not self._closed:
-            self._task = self._loop.create_task(self._show(draft))
+            self._task = self._loop.create_task(self._show(self._sketch(draft), draft.steps_done))
 
-    async def _show(self, draft: D) -> None:
+    async def _show(self, sketch: Sketch, step: int) -> None:
         try:
-            self._job.preview(await self._paint(draft), draft.steps_done)
+            self._job.preview(await self._paint(sketch), step)
         except GessoError as error:
             log.info("preview dropped: %s", error.message)
         finally:

@@ -1,4 +1,4 @@
-"""The short way of one token through a Llama against transformers' own forward."""
+"""The short way of new tokens through a Llama against transformers' own forward."""
 
 import pytest
 import torch
@@ -35,11 +35,14 @@ def filled(rows: RowRunner, dtype: torch.dtype) -> list[RowCache]:
 
 
 @pytest.mark.parametrize("heads", [4, 2, 1])
+@pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_step_is_bit_for_bit_what_transformers_computes(heads: int, dtype: torch.dtype) -> None:
+def test_a_step_is_bit_for_bit_what_transformers_computes(
+    heads: int, tokens: int, dtype: torch.dtype
+) -> None:
     rows = runner(heads, dtype)
     assert rows.is_llama
-    new = torch.randn(3, 1, 32, generator=torch.Generator().manual_seed(2)).to(dtype)
+    new = torch.randn(3, tokens, 32, generator=torch.Generator().manual_seed(2)).to(dtype)
     ours, theirs = filled(rows, dtype), filled(rows, dtype)
     short_way = rows(new, ours, LENGTHS)
     rows.is_llama = False
@@ -47,7 +50,9 @@ def test_a_step_is_bit_for_bit_what_transformers_computes(heads: int, dtype: tor
     assert torch.equal(short_way, long_way)
     assert short_way.float().std() > 0.1
     for one, other, length in zip(ours, theirs, LENGTHS, strict=True):
-        assert torch.equal(one.keys_LHTe[:, :, : length + 1], other.keys_LHTe[:, :, : length + 1])
+        assert torch.equal(
+            one.keys_LHTe[:, :, : length + tokens], other.keys_LHTe[:, :, : length + tokens]
+        )
 
 
 def test_another_decoder_goes_its_own_way() -> None:

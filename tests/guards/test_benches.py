@@ -49,7 +49,7 @@ def test_the_autoregressive_bench_runs_in_its_smoke_form(part: str) -> None:
 @pytest.mark.broker
 def test_the_bench_of_the_autoregressive_service_runs_in_its_smoke_form() -> None:
     shown = smoke("autoregressive.py", "--only", "service")
-    assert shown.count('"together"') == 3
+    assert shown.count('"together"') == 4
 
 
 @pytest.mark.slow

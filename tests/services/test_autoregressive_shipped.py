@@ -42,13 +42,13 @@ async def test_what_one_model_draws_the_other_recognizes(
 ) -> None:
     prompts = (
         "a red apple, 3D style, on a blue background",
-        "a car, 3D style, on a white background",
+        "a cat, 3D style, on a green background",
     )
     pictures = [await draw(store, gateway, "hart-tiny", prompt) for prompt in prompts]
     assert min(picture.std() for picture in pictures) > 20
     images = [Inline(data=encode_picture(p), media_type="image/png") for p in pictures]
     scores = []
-    for prompt in ("a red apple", "a car"):
+    for prompt in ("a red apple", "a cat"):
         request = c.JudgeImages(model="vilau-tiny", prompt=prompt, images=images)
         judged = await call(gateway, "autoregressive", "judge", request, c.ImagesJudged)
         scores.append(judged.scores)

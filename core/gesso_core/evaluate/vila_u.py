@@ -1,12 +1,15 @@
-"""What a small VILA-U sees and draws, on pictures that it was not trained on.
+"""``python -m gesso_core.evaluate.vila_u``: what the small VILA-U sees, and how it draws.
 
-Three sets of pictures: compositions that were trained (held-in), concepts on a color that they were
-never shown on (held-out color), and concepts in a style that they were never shown in (held-out
-style). Every share of right answers stands beside that of the most frequent answer.
+It is asked about three sets of pictures: compositions that were trained (held-in), concepts on a
+color that they were never shown on (held-out color), and concepts in a style that they were never
+shown in (held-out style). Every share of right answers stands beside that of the most frequent
+answer.
 """
 
+import argparse
 import json
 import random
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +25,7 @@ from torch import Tensor
 from gesso_core.evaluate import prompts as fixed
 from gesso_core.evaluate.references import load_references
 from gesso_core.evaluate.retrieval import score
-from gesso_core.evaluate.run import Measure
+from gesso_core.evaluate.run import Measure, table, write_gates
 from gesso_core.hub import resolve
 from gesso_core.pipelines.pictures import Pixels
 from gesso_core.pipelines.recipe import GenerationRequest
@@ -44,12 +47,19 @@ PROMPTS: Final = 30
 OFFSETS: Final = (0, 1, 3, 7)  # of the pictures that the judge chooses from; the first is right
 ANSWER: Final = AnswerOptions(max_tokens=24)
 
-# Smallest allowed value of every gated measure; the others are only reported.
+# Smallest allowed value of every gated measure; the others are only reported. The two styles of one
+# thing are often nearly the same drawing at this size, and claims are answered no better than by
+# guessing.
 GATES: Final = {
+    "held-out color: object": 0.85,
     "held-out color: color": 0.95,
-    "held-out color: style": 0.95,
-    "held-out color: object": 0.60,
+    "held-out color: style": 0.65,
+    "held-out color: caption": 0.55,
+    "held-out color: judge picks one of 4": 0.95,
     "held-out style: object": 0.30,
+    "held-out style: color": 0.95,
+    "drawing held-in background": 0.95,
+    "drawing held-out background": 0.95,
 }
 
 
@@ -174,7 +184,8 @@ def understanding(
         right.append(answer)
     measures += _share(f"{name}: yes or no", answers(pipeline, pictures, asked), right)
     picked = judged(pipeline, pictures, known["caption"][1])
-    return [*measures, Measure(name=f"{name}: judge picks one of {len(OFFSETS)}", value=picked)]
+    label = f"{name}: judge picks one of {len(OFFSETS)}"
+    return [*measures, Measure(name=label, value=picked, at_least=GATES.get(label))]
 
 
 def judged(pipeline: VilaUPipeline, pictures: Sequence[Pixels], captions: Sequence[str]) -> float:
@@ -194,7 +205,8 @@ def drawing(pipeline: VilaUPipeline, references: Path, prompts: int) -> list[Mea
         chosen = build(known)[:prompts]
         scores = asdict(score(chosen, draw(pipeline, [prompt.text for prompt in chosen]), known))
         for key, label in (("top1", "top-1"), ("top5", "top-5"), ("background", "background")):
-            measures.append(Measure(name=f"drawing {name} {label}", value=scores[key]))
+            full = f"drawing {name} {label}"
+            measures.append(Measure(name=full, value=scores[key], at_least=GATES.get(full)))
     return measures
 
 
@@ -247,3 +259,24 @@ def _share(name: str, said: Sequence[str], right: Sequence[str]) -> list[Measure
         Measure(name=name, value=hits / count, at_least=GATES.get(name)),
         Measure(name=f"{name}, most frequent answer", value=most / count),
     ]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the table and write gates; 1 when a gate failed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m gesso_core.evaluate.vila_u", description=__doc__
+    )
+    parser.add_argument("--limit", type=int, help="only the first pictures and prompts of each set")
+    parser.add_argument("--write-gates", action="store_true")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    measures = evaluate_shipped_vila_u(options.limit)
+    print(table(measures))
+    if options.write_gates:
+        write_gates(measures, resolve("vilau-tiny"))
+    return 0 if all(measure.passed for measure in measures) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -25,6 +25,7 @@ from gesso_core.pipelines.hart import CountingEncoder, HartPipeline
 from gesso_core.pipelines.hart_recipe import HartDefaults
 from gesso_core.registry import MODELS, ModelEntry, find
 from gesso_core.safe_files import read_json
+from gesso_core.text.cache import CachedEncoder
 from gesso_core.text.domain import Domain
 from gesso_core.text.qwen2 import Qwen2Encoder
 from gesso_core.text.smollm2 import SmolLM2Encoder
@@ -83,7 +84,7 @@ def load_hart(
         identity=_identity(folder, model),
         compression=compression,
         scaling_factor=scaling_factor,
-        domain=Domain.from_folder(base, text_encoder),
+        domain=Domain.from_folder(base, CachedEncoder(text_encoder)),
         defaults=_defaults(about),
     )
 

@@ -208,13 +208,14 @@ def server(_gateways: StartGateway) -> Gateway:
     return _gateways(heartbeat_s=0.05)
 
 
-@pytest.fixture
+# One client for all tests: each new one reads the certificates of the machine again.
+@pytest.fixture(scope="session")
 def http(server: Gateway) -> Iterator[httpx2.Client]:
     with httpx2.Client(base_url=server.url, timeout=30) as client:
         yield client
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def gesso(server: Gateway) -> Iterator[Gesso]:
     with Gesso(server.url, timeout=30) as client:
         yield client

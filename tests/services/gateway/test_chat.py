@@ -12,6 +12,7 @@ import openai
 import pytest
 from gesso_core.pipelines.pictures import encode_picture
 from gesso_core.pipelines.videos import encode_video
+from gesso_services.gateway.uploads import INLINE_BYTES_PER_JOB
 
 pytestmark = pytest.mark.broker
 
@@ -43,7 +44,7 @@ RED, BLUE = plain((250, 0, 0)), plain((0, 0, 250))
 SEEN = "A picture of 48 by 32, mostly red."
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def client(server: Any) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
         yield client
@@ -130,11 +131,11 @@ def test_a_video_can_be_shown(client: openai.OpenAI) -> None:
 
 
 def test_pictures_too_large_for_a_message_come_through(client: openai.OpenAI) -> None:
-    noise = np.random.default_rng(0).integers(0, 255, (640, 640, 3), np.uint8)
+    noise = np.random.default_rng(0).integers(0, 255, (480, 480, 3), np.uint8)
     large = url_of(encode_picture(noise))
-    assert len(large) > 1_500_000
+    assert len(large) > INLINE_BYTES_PER_JOB
     said = ask(client, user(image(large), image(RED), image(large))).choices[0].message.content
-    assert said.count("640 by 640") == 2
+    assert said.count("480 by 480") == 2
     assert SEEN in said
 
 

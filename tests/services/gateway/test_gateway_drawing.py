@@ -11,8 +11,10 @@ import httpx2
 import numpy as np
 import openai
 import pytest
+from gesso_contracts.limits import JOB_MESSAGE_BYTES
 from gesso_core.pipelines.pictures import Pixels, decode_picture, encode_picture
 from gesso_core.pipelines.videos import decode_video
+from gesso_services.gateway.uploads import INLINE_BYTES_PER_CALL, INLINE_BYTES_PER_JOB
 
 pytestmark = pytest.mark.broker
 
@@ -24,7 +26,7 @@ APPLE: dict[str, Any] = {"prompt": "a red apple", "seed": 7}
 WHITE = encode_picture(np.full((64, 64, 3), 255, np.uint8))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def client(server: Any) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
         yield client
@@ -149,8 +151,9 @@ def test_every_picture_gets_its_score(http: httpx2.Client) -> None:
 
 
 def test_many_large_pictures_are_judged_at_once(http: httpx2.Client) -> None:
-    noise = np.random.default_rng(0).integers(0, 255, (512, 512, 3), np.uint8)
+    noise = np.random.default_rng(0).integers(0, 255, (352, 352, 3), np.uint8)
     large = base64.b64encode(encode_picture(noise)).decode()
+    assert 16 * len(large) * 3 // 4 > INLINE_BYTES_PER_CALL
     answer = http.post(JUDGEMENTS, json={"prompt": "noise", "images": [large] * 16})
     assert len(answer.json()["scores"]) == 16
 
@@ -230,8 +233,10 @@ def test_variations_are_streamed_like_generations(http: httpx2.Client) -> None:
 
 
 def test_a_large_picture_is_varied(http: httpx2.Client) -> None:
-    noise = np.random.default_rng(0).integers(0, 255, (900, 900, 3), np.uint8)
-    assert vary(http, encode_picture(noise), model="vilau-tiny", keep=0).status_code == 200
+    noise = np.random.default_rng(0).integers(0, 255, (480, 480, 3), np.uint8)
+    large = encode_picture(noise)
+    assert len(large) > INLINE_BYTES_PER_JOB
+    assert vary(http, large, model="vilau-tiny", keep=0).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -437,6 +442,8 @@ def test_a_wrong_job_is_refused_by_field(
 
 
 def test_a_large_picture_in_a_job_becomes_a_blob(http: httpx2.Client) -> None:
-    noise = np.random.default_rng(0).integers(0, 255, (1200, 1200, 3), np.uint8)
-    answer = put(http, "vary-image", DRAW | {"image": inline(encode_picture(noise)), "keep": 0})
+    noise = np.random.default_rng(0).integers(0, 255, (672, 672, 3), np.uint8)
+    large = inline(encode_picture(noise))
+    assert len(large["data"]) > JOB_MESSAGE_BYTES
+    answer = put(http, "vary-image", DRAW | {"image": large, "keep": 0})
     assert answer.status_code == 202, answer.text

@@ -42,13 +42,13 @@ def url(
         yield gateway.url
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def web(url: str) -> Iterator[httpx2.Client]:
     with httpx2.Client(base_url=url, timeout=60) as client:
         yield client
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def client(url: str) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
         yield client

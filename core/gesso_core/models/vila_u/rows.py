@@ -67,9 +67,9 @@ class _Rows:
             values.append(buffer_HTe[:, :end])
         return _Ragged(keys), _Ragged(values)
 
-    def attend(self, q_BH1e: Tensor, k_BH1e: Tensor, v_BH1e: Tensor, layer: int) -> Tensor:
-        """Keep one new token of every row, and attend to all of them; (B, 1, H, e)."""
-        return attention(None, q_BH1e, *self.update(k_BH1e, v_BH1e, layer), None)[0]
+    def attend(self, q_BHte: Tensor, k_BHte: Tensor, v_BHte: Tensor, layer: int) -> Tensor:
+        """Keep the new tokens of every row, and attend to all of them; (B, t, H, e)."""
+        return attention(None, q_BHte, *self.update(k_BHte, v_BHte, layer), None)[0]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Of the longest row; positions are given explicitly, so nothing follows from it."""
@@ -187,12 +187,13 @@ class RowRunner:
         if spare:  # more rows for the matrix products; nobody attends to them
             embeddings_BtS = torch.cat([embeddings_BtS, embeddings_BtS[-1:].expand(spare, -1, -1)])
         starts_B1 = torch.tensor(starts, device=embeddings_BtS.device)[:, None]
+        positions_Bt = starts_B1 + torch.arange(new, device=embeddings_BtS.device)
         cache = _Rows(caches, lengths)
-        if new == 1 and self.is_llama:
-            return llama_step(self.decoder, embeddings_BtS, starts_B1, cache.attend)[:rows]
+        if self.is_llama:
+            return llama_step(self.decoder, embeddings_BtS, positions_Bt, cache.attend)[:rows]
         output = self.decoder(
             inputs_embeds=embeddings_BtS,
-            position_ids=starts_B1 + torch.arange(new, device=embeddings_BtS.device),
+            position_ids=positions_Bt,
             use_cache=True,
             **{self.cache_argument: cache},
         )
