@@ -98,6 +98,13 @@ class Provenance(Message):
     )
     suggestions: list[str] = Field(default_factory=list)
     loras: list[LoraUsed] = Field(default_factory=list, max_length=limits.MAX_LORAS)
+    top_k: TopK | None = Field(default=None, description="of models that draw tokens")
+    top_p: float | None = Field(
+        default=None, ge=0, le=1, allow_inf_nan=False, description="of models that draw tokens"
+    )
+    keep: int | None = Field(
+        default=None, ge=0, le=limits.MAX_KEEP, description="steps kept of a given picture"
+    )
 
 
 class ImageReady(Message):

@@ -25,6 +25,9 @@ def provenance_message(made: Provenance) -> m.Provenance:
             m.LoraUsed(name=lora.name, strength=lora.strength, sha256=lora.sha256)
             for lora in made.loras
         ],
+        top_k=made.top_k,
+        top_p=made.top_p,
+        keep=made.keep,
     )
 
 

@@ -7,7 +7,7 @@ from io import BytesIO
 import numpy as np
 import pytest
 from gesso_core.errors import InvalidRequest, UnreadableImage
-from gesso_core.pipelines.pictures import MEDIA_TYPES, decode_picture, encode_picture, shrink
+from gesso_core.pipelines.pictures import MEDIA_TYPES, decode_picture, encode_picture
 from PIL import Image
 
 
@@ -140,8 +140,3 @@ def test_flipped_bytes_give_a_picture_or_a_refusal() -> None:
         except UnreadableImage:
             refused += 1
     assert refused > 0
-
-
-def test_shrink_keeps_the_proportions_and_small_pictures() -> None:
-    assert shrink(gradient(24, 40), 20).shape == (12, 20, 3)
-    assert shrink(gradient(24, 40), 64).shape == (24, 40, 3)

@@ -93,11 +93,13 @@ async def test_every_step_is_told_and_a_preview_comes_before_the_end(
 async def test_the_result_says_what_made_it(
     token_services: ServiceHost, store: JobStore, model: str, sampler: str
 ) -> None:
-    state = await finished(store, wish(model, guidance_scale=2.5, output_format="webp"))
+    request = wish(model, guidance_scale=2.5, top_k=3, top_p=0.9, output_format="webp")
+    state = await finished(store, request)
     ready = m.ImageReady.model_validate(state.result)
     made = ready.provenance
     assert (made.model, made.sampler, made.steps) == (model, sampler, ROWS)
     assert (made.guidance_scale, ready.seed) == (2.5, 7)
+    assert (made.top_k, made.top_p, made.keep) == (3, 0.9, None)
     assert ready.image.media_type == "image/webp"
     assert len(made.weights_sha256) == 64
 

@@ -106,7 +106,7 @@ def test_stopped_by_hand_it_says_that_it_can_go_on(
     ("words", "sentence"),
     [
         (("sanna", "--to", "int4"), "unknown model 'sanna'"),
-        (("dcae-tiny", "--to", "int4"), "expected text-to-image"),
+        (("dcae-tiny", "--to", "int4"), "expected a Sana"),
         (("sana-1.6b-1024", "--to", "int4"), "gesso models pull"),
         (("sana-tiny", "--to", "int4", "--prompts", "none.txt"), "none.txt cannot be read"),
         (("sana-tiny", "--to", "int4", "--rank", "500"), "at most 160"),

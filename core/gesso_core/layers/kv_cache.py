@@ -108,10 +108,6 @@ class KVRows:
         padding_R = torch.tensor(self.padding, device=slots.device)
         return (slots >= padding_R[:, None])[:, None, None]
 
-    def trimmed(self, length: int) -> "KVRows":
-        """The first ``length`` slots; what is behind may be overwritten by a writer."""
-        return KVRows(min(length, self.length), self.padding, self._memory)
-
     @staticmethod
     def gather(members: Sequence[tuple["KVRows", int]], capacity: int = 0) -> "KVRows":
         """The rows ``(value, row)`` as one value.

@@ -71,7 +71,14 @@ def made_by(model: Draws, recipe: Any) -> Provenance:
     """What a picture after ``recipe`` is made by."""
     domain = model.domain
     verdict = Verdict(None) if domain is None else domain.judge([recipe.prompt])[0]
-    return provenance(recipe, model.identity, verdict)
+    return provenance(
+        recipe,
+        model.identity,
+        verdict,
+        top_k=recipe.top_k,
+        top_p=recipe.top_p,
+        keep=recipe.keep,
+    )
 
 
 class DrawPicture:

@@ -43,6 +43,16 @@ class HartRecipe:
         return self.model_size[0] * self.model_size[1]
 
     @property
+    def top_k(self) -> int | None:
+        """Codes that each draw chooses from; None is the model's own number for every scale."""
+        return self.options.top_k
+
+    @property
+    def top_p(self) -> float:
+        """Share of the probability that each draw chooses from; 0 is all of it."""
+        return self.options.top_p
+
+    @property
     def guided(self) -> bool:
         """Whether a row without text is drawn along."""
         return self.guidance_scale != 0.0

@@ -95,15 +95,6 @@ def blank_picture(height: int, width: int) -> Pixels:
     return np.full((height, width, 3), 128, dtype=np.uint8)
 
 
-def shrink(pixels_HWC: Pixels, longest: int) -> Pixels:
-    """The picture scaled down until no side is longer than ``longest`` pixels."""
-    if max(pixels_HWC.shape[:2]) <= longest:
-        return pixels_HWC
-    image = Image.fromarray(pixels_HWC)
-    image.thumbnail((longest, longest), Image.Resampling.BOX)
-    return np.asarray(image, dtype=np.uint8)
-
-
 def stretched(pixels_HWC: Pixels, height: int, width: int) -> Pixels:
     """The picture at exactly this size, whatever that does to its proportions."""
     if pixels_HWC.shape[:2] == (height, width):

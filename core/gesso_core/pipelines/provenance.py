@@ -14,7 +14,10 @@ from gesso_core.text.domain import Verdict
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """Model, weights and every choice; ``in_domain`` is None where the model has no domain list."""
+    """Model, weights and every choice; ``in_domain`` is None where the model has no domain list.
+
+    The last three are for models that draw tokens, None for all others and where nothing was asked.
+    """
 
     model: str
     revision: str
@@ -28,6 +31,9 @@ class Provenance:
     in_domain: bool | None = None
     suggestions: tuple[str, ...] = ()
     loras: tuple[AppliedLora, ...] = ()
+    top_k: int | None = None
+    top_p: float | None = None
+    keep: int | None = None
 
 
 class Choices(Protocol):
@@ -70,7 +76,14 @@ def provenance_of(denoiser: Denoiser, draft: Draft) -> Provenance:
 
 
 def provenance(
-    recipe: Choices, identity: Identity, verdict: Verdict, *, loras: tuple[AppliedLora, ...] = ()
+    recipe: Choices,
+    identity: Identity,
+    verdict: Verdict,
+    *,
+    loras: tuple[AppliedLora, ...] = (),
+    top_k: int | None = None,
+    top_p: float | None = None,
+    keep: int | None = None,
 ) -> Provenance:
     """The provenance of what the weights ``identity`` draw after ``recipe``."""
     return Provenance(
@@ -86,6 +99,9 @@ def provenance(
         in_domain=verdict.in_domain,
         suggestions=verdict.suggestions,
         loras=loras,
+        top_k=top_k,
+        top_p=top_p,
+        keep=keep,
     )
 
 
