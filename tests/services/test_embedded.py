@@ -29,17 +29,22 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def environment(tiny_pipeline: Path, tmp_path: Path) -> dict[str, str]:
-    """Models of random weights under the names that ship, and a place of its own for everything."""
+def environment(
+    tiny_pipeline: Path, tiny_hart: Path, tiny_vila_u: Path, tmp_path: Path
+) -> dict[str, str]:
+    """Models of random weights, the default one under its name, and a place of its own for all."""
     autoencoder = str(tiny_pipeline / "vae")
+    token_models = {"scales": str(tiny_hart), "seer": str(tiny_vila_u)}
     return {
         **{name: value for name, value in os.environ.items() if not name.startswith("GESSO_")},
         "GESSO_DIFFUSION_MODELS": "[]",
         "GESSO_DIFFUSION_FOLDERS": json.dumps({"sana-tiny": str(tiny_pipeline)}),
         "GESSO_AUTOENCODER_MODELS": "[]",
         "GESSO_AUTOENCODER_FOLDERS": json.dumps(
-            {"dcae-tiny": autoencoder, "sana-tiny": autoencoder}
+            {"dcae-tiny": autoencoder, "sana-tiny": autoencoder, **token_models}
         ),
+        "GESSO_AUTOREGRESSIVE_MODELS": "[]",
+        "GESSO_AUTOREGRESSIVE_FOLDERS": json.dumps(token_models),
         "GESSO_STATE_DIR": str(tmp_path / "state"),
         "GESSO_GATEWAY_PORT": str(free_port()),
         "COLUMNS": "300",
