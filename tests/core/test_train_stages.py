@@ -27,7 +27,7 @@ def options(sprite_set: SpriteSet, tmp_path: Path) -> list[str]:
     return ["--profile", "smoke", *paths]
 
 
-def test_all_stages_end_in_two_weight_folders_that_load(options: list[str], tmp_path: Path) -> None:
+def test_all_stages_end_in_weight_folders_that_load(options: list[str], tmp_path: Path) -> None:
     assert main(["all", *options]) == 0
     autoencoder, denoiser = tmp_path / "weights" / "dcae-tiny", tmp_path / "weights" / "sana-tiny"
     require_its_autoencoder(denoiser, autoencoder)
@@ -37,6 +37,9 @@ def test_all_stages_end_in_two_weight_folders_that_load(options: list[str], tmp_
     assert card["samples"] > 0
     assert len(card["autoencoder_sha256"]) == 64
     assert (tmp_path / "runs" / "smoke" / "denoiser" / "loss.png").exists()
+    for name in ("hart-tiny", "vilau-tiny"):
+        card = json.loads((tmp_path / "weights" / name / "card.json").read_text())
+        assert card["samples"] > 0
 
 
 def test_a_killed_run_continues_where_it_was_saved(options: list[str], tmp_path: Path) -> None:

@@ -188,7 +188,9 @@ async def test_previews_are_dropped_when_too_many_or_too_large() -> None:
     assert [note.image for note in shown] == [b"x"]
 
 
-async def run(toy: ModuleType, handler: Any, found: JobState = STATE) -> Ending:
+async def run(toy: ModuleType, handler: Any, found: JobState | None = None) -> Ending:
+    # A job of its own age: one that waits is given up after minutes, which a whole run may take.
+    found = found or state(created_at=datetime.now(UTC))
     kind = JobKind(request=toy.AddUp, result=toy.AddedUp, handler=toy.add_up)
     job = make_job("diffusion", "add-up", toy.AddUp(numbers=[1]), "j")
     kinds = {"add-up": replace(kind, handler=handler)}

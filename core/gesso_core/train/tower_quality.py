@@ -39,16 +39,17 @@ def tower_quality(
     Args:
         tower: on the CPU.
         data: what it was trained on; measured on the compositions held out.
-        unseen: sprites of concepts that it never saw.
+        unseen: sprites of concepts that it never saw; there may be none.
     """
     held_out_N3SS = data.compositions(*data.held_out())
     with torch.no_grad():
         codes = torch.cat([tower.encode(x).codes_BhwD for x in torch.split(held_out_N3SS, CHUNK)])
+    measures = {"held-out compositions": reconstruction_quality(tower, held_out_N3SS)}
+    if len(unseen.pixels_NHW4):
+        pictures = reference_pictures(unseen, tower.config.image_size)
+        measures["unseen concepts"] = reconstruction_quality(tower, pictures)
     return {
-        "held-out compositions": reconstruction_quality(tower, held_out_N3SS),
-        "unseen concepts": reconstruction_quality(
-            tower, reference_pictures(unseen, tower.config.image_size)
-        ),
+        **measures,
         "codebook": codebook_use(codes, tower.quantizer.tables[0].entries),
         "recognition of held-out compositions": recognition(tower, data),
     }

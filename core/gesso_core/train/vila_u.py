@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 SEED: Final = 31
 BUDGET_S: Final = 64 * 60.0
+BUDGETS_S: Final = {"cpu": BUDGET_S, "smoke": 3.0, "gpu": 8 * 60.0}  # by the name of the profile
 PACKED: Final = 620  # tokens of a packed row
 TOKENS: Final = 1152  # of an update
 LEARNING_RATE: Final = 4e-3
@@ -152,7 +153,8 @@ def train_language(
 def run_vila_u(workspace: "Workspace") -> None:
     """Encode the pictures once, learn the tokenizer, then train."""
     model, lessons = prepared(workspace)
-    train_language(model, lessons, workspace.run / RUN)
+    budget_s = BUDGETS_S[workspace.profile.name]
+    train_language(model, lessons, workspace.run / RUN, budget_s=budget_s)
 
 
 def prepared(workspace: "Workspace") -> tuple[VilaU, Lessons]:
