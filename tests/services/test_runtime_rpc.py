@@ -11,7 +11,9 @@ from gesso_core.errors import GessoError, InvalidRequest, OutOfMemory, Overloade
 from gesso_services.runtime.connection import Bus
 from gesso_services.runtime.rpc import call
 from gesso_services.runtime.service import ServiceHost
+from gesso_services.runtime.settings import Role
 from gesso_services.runtime.trace import trace_id, use_trace
+from nats.aio.msg import Msg
 
 pytestmark = [pytest.mark.anyio, pytest.mark.broker]
 
@@ -168,6 +170,33 @@ async def test_replacing_a_replica_under_load_loses_no_call(
     await asyncio.sleep(0.02)
     await first.stop()
     assert await asyncio.gather(*callers) == [150] * 4
+
+
+async def test_a_message_that_comes_while_a_replica_leaves_is_handed_over(
+    gateway: Bus, connect: Callable[[Role], Awaitable[Bus]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replica = await connect("diffusion")
+    subject, taken = subjects.rpc("diffusion", "add"), list[bytes]()
+
+    async def take(message: Msg) -> None:
+        taken.append(message.data)
+
+    subscription = await replica.nc.subscribe(subject, cb=take)
+    await replica.ready()
+    transport = replica.nc._transport
+    drain = transport.drain
+
+    async def slowly() -> None:
+        await drain()
+        await asyncio.sleep(0.1)
+
+    monkeypatch.setattr(transport, "drain", slowly)
+    await replica.nc.flush()  # what is sent within a tenth of a second stays in the client's buffer
+    leaving = asyncio.create_task(replica.leave(subscription))
+    await asyncio.sleep(0.03)
+    await gateway.nc.publish(subject, b"late")
+    await leaving
+    assert taken == [b"late"]
 
 
 async def test_a_replica_gives_its_metrics(

@@ -13,6 +13,7 @@ from typing import Self, TypeVar
 
 from gesso_core.errors import Unavailable
 from nats.aio.client import Client
+from nats.aio.subscription import Subscription
 from nats.errors import (
     ConnectionReconnectingError,
     NoRespondersError,
@@ -132,10 +133,21 @@ class Bus:
         self._listeners.append(listener)
 
     async def ready(self) -> None:
-        """Return when the broker knows every subscription made so far."""
-        # A flush alone overtakes a SUB that still waits in the client's buffer.
-        await asyncio.sleep(0)
+        """Return when the broker has read all that was sent so far, subscriptions among it."""
+        # A flush alone overtakes what still waits in the client's buffer.
+        await self.nc._flush_pending(force_flush=True)
         await self.nc.flush()
+
+    async def leave(self, *subscriptions: Subscription) -> None:
+        """Get no more messages, and return when those that were on their way are handed over.
+
+        The library's ``drain`` alone loses some: its round trip overtakes its own UNSUB, so that
+        the broker may still send after it.
+        """
+        for subscription in subscriptions:
+            await self.nc._send_unsubscribe(subscription._id)
+        await self.ready()
+        await asyncio.gather(*(subscription.drain() for subscription in subscriptions))
 
     async def until_done(
         self, operation: Callable[[], Awaitable[T]], *, give_up_after_s: float | None = None

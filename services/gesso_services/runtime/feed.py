@@ -14,6 +14,7 @@ from typing import Any
 
 from gesso_contracts import subjects
 from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
 from nats.errors import Error as NatsError
 
 from gesso_services.runtime.connection import Bus
@@ -72,7 +73,7 @@ class JobFeed:
             # Bounded: a broker that has just died does not answer, and is not missed yet.
             with contextlib.suppress(NatsError, TimeoutError, OSError):
                 async with asyncio.timeout(LEAVE_S):
-                    await self._subscription.drain()
+                    await self.bus.leave(self._subscription)
         self._arrived.put_nowait(None)
         while not self._arrived.empty():
             message = self._arrived.get_nowait()
@@ -119,17 +120,16 @@ class JobFeed:
     def _forget_inbox(self) -> None:
         old, self._subscription, self._inbox = self._subscription, None, ""
         if old is not None:
-            task = asyncio.get_running_loop().create_task(_leave(old))
+            task = asyncio.get_running_loop().create_task(self._leave(old))
             self._leaving.add(task)
             task.add_done_callback(self._leaving.discard)
+
+    async def _leave(self, subscription: Subscription) -> None:
+        with contextlib.suppress(NatsError, TimeoutError):
+            await self.bus.leave(subscription)
 
 
 async def backlog(bus: Bus, service: str) -> int:
     """Jobs of ``service`` that wait or run, over all replicas."""
     info = await bus.js.consumer_info(subjects.STREAM_JOBS, service)
     return int((info.num_pending or 0) + (info.num_ack_pending or 0))
-
-
-async def _leave(subscription: Any) -> None:
-    with contextlib.suppress(NatsError, TimeoutError):
-        await subscription.drain()

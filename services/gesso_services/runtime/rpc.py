@@ -29,7 +29,7 @@ from gesso_services.runtime.problems import error_of, problem_of
 
 log = logging.getLogger(__name__)
 
-LEAVE_S = 1.0
+LEAVE_S = 3.0  # a broker that has just died does not answer
 
 R = TypeVar("R", bound=Message)
 RpcHandler = Callable[[Any], Awaitable[Message]]
@@ -107,7 +107,7 @@ class RpcServer:
     async def _leave(self, service: Any) -> None:
         # The library unsubscribes its endpoints without draining them, which would lose the calls
         # that are just arriving; drained ones are taken out of its hands.
-        await asyncio.gather(*(point._subscription.drain() for point in service._endpoints))
+        await self.bus.leave(*(point._subscription for point in service._endpoints))
         service._endpoints.clear()
         await service.stop()
 
