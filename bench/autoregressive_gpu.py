@@ -121,7 +121,7 @@ class GraphedBlocks:
         """The first slots of the one cache, as if nothing had been written behind them."""
         memory = self.cache._memory
         memory.used = length
-        return KVRows(length, self.cache.padding, memory)
+        return KVRows(length, self.cache.rows, memory)
 
 
 def materialized(module: nn.Module, device: str, dtype: torch.dtype) -> nn.Module:

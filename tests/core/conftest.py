@@ -10,7 +10,6 @@ from gesso_core.models.vila_u.depth_transformer import DepthConfig, DepthTransfo
 from gesso_core.models.vila_u.model import VilaU
 from gesso_core.models.vila_u.projector import Projector
 from gesso_core.models.vila_u.template import SHORT
-from gesso_core.models.vila_u.tower_config import DecoderConfig, EncoderConfig, TowerConfig
 from gesso_core.models.vila_u.vision_tower import VisionTower
 from gesso_core.pipelines.denoiser import Identity
 from gesso_core.pipelines.vila_u import VilaUPipeline
@@ -18,29 +17,10 @@ from gesso_core.registry import find
 from gesso_core.train.concepts import Concept
 from gesso_core.train.sprites import SpriteSet
 from gesso_core.train.vila_u_tokenizer import build_tokenizer, load_tokenizer
+from small_towers import small_tower
 from transformers import LlamaConfig, LlamaForCausalLM
 
-VILA_U_TOWER = TowerConfig(
-    encoder=EncoderConfig(
-        hidden_size=32,
-        intermediate_size=40,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        image_size=16,
-        patch_size=8,
-    ),
-    decoder=DecoderConfig(
-        z_channels=16,
-        resolution=16,
-        width=32,
-        multipliers=(1, 1, 1, 1),
-        blocks=0,
-        attention_resolutions=(),
-    ),
-    latent_shape=(2, 2, 32),
-    code_shape=(2, 2, 3),
-    codebook_size=20,
-)
+VILA_U_TOWER = small_tower(size=16, patch=8, codes=3, entries=20, hidden=40)
 
 NAMES = ("disc", "square", "bar", "column", "frame", "corner")
 INK = (

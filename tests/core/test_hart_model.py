@@ -157,8 +157,14 @@ def test_the_cache_of_a_row_grows_by_as_much_as_the_configuration_says() -> None
 
 
 def rows_of(count: int, length: int, seed: int) -> KVRows:
-    keys = [numbers(count, 2, length, 4, seed=seed + layer) for layer in range(2)]
-    return KVRows.from_layers(keys, [k + 1 for k in keys])
+    empty = KVRows.empty(
+        layers=2, rows=count, heads=2, head_dim=4, capacity=length, like=torch.zeros(1)
+    )
+    writer = empty.writer(length)
+    for layer in range(2):
+        keys = numbers(count, 2, length, 4, seed=seed + layer)
+        writer.append(layer, keys, keys + 1)
+    return writer.rows
 
 
 def test_gathering_the_same_rows_in_order_copies_nothing() -> None:
@@ -167,17 +173,15 @@ def test_gathering_the_same_rows_in_order_copies_nothing() -> None:
     assert KVRows.gather([(rows, 1), (rows, 0), (rows, 2)]) is not rows
 
 
-def test_rows_of_different_lengths_end_together() -> None:
-    long, short = rows_of(2, 5, 0), rows_of(1, 3, 7)
-    both = KVRows.gather([(long, 1), (short, 0)], capacity=9)
-    keys, values = both.layer(1)
-    assert both.padding == (0, 2)
-    assert torch.equal(keys[0], long.layer(1)[0][1])
-    assert torch.equal(keys[1, :, 2:], short.layer(1)[0][0])
-    assert torch.equal(values[1, :, 2:], short.layer(1)[1][0])
-    mask = both.mask(1)
-    assert mask is not None
-    assert mask[:, 0, 0].tolist() == [[True] * 6, [False] * 2 + [True] * 4]
+def test_rows_of_different_values_come_together() -> None:
+    one, other = rows_of(2, 5, 0), rows_of(1, 5, 7)
+    both = KVRows.gather([(one, 1), (other, 0)], capacity=9)
+    assert (both.rows, both.length) == (2, 5)
+    for layer in range(2):
+        for got, first, second in zip(
+            both.layer(layer), one.layer(layer), other.layer(layer), strict=True
+        ):
+            assert torch.equal(got, torch.stack([first[1], second[0]]))
 
 
 def test_a_step_may_be_repeated_from_where_it_began() -> None:

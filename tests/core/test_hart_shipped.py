@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from gesso_core.evaluate.hart import BASE, draw_hart, tokenizer_measures
+from gesso_core.evaluate.hart import draw_hart, tokenizer_measures
 from gesso_core.evaluate.prompts import held_in
 from gesso_core.evaluate.references import load_references
 from gesso_core.evaluate.retrieval import score
@@ -24,7 +24,7 @@ def autoencoder(pipeline: HartPipeline) -> DCAE:
 
 
 def test_a_picture_shows_what_was_asked_for(pipeline: HartPipeline, autoencoder: DCAE) -> None:
-    references = load_references(resolve(BASE) / "references.safetensors")
+    references = load_references(resolve("sana-tiny") / "references.safetensors")
     prompts = held_in(references)[:20]
     pictures = draw_hart(pipeline, autoencoder, [prompt.text for prompt in prompts], seed=0)
     found = score(prompts, pictures, references)

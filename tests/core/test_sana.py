@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from gesso_core.errors import InvalidRequest
 from gesso_core.layers.attention import ReLULinearAttention
-from gesso_core.layers.linear import linear
+from gesso_core.layers.linear import Linear, linear, replace_linear_layers
 from gesso_core.models.keys.sana import sana_keys
 from gesso_core.models.keys.translate import translate
 from gesso_core.models.sana import (
@@ -19,6 +19,7 @@ from gesso_core.models.sana import (
     TextContext,
     initialize_weights,
 )
+from torch import nn
 
 # Wide enough for the fast matrix products, and everything else small.
 SMALL = SanaConfig(
@@ -215,6 +216,16 @@ def test_fast_linear_is_linear(shape: tuple[int, ...], activation: Any) -> None:
     want = F.linear(x, weight, bias)
     want = F.silu(want) if activation == "silu" else want
     torch.testing.assert_close(linear(x, weight, bias, activation), want, atol=1e-4, rtol=1e-5)
+
+
+def test_replaced_layers_keep_their_names_order_and_parameters() -> None:
+    parts = {"out": nn.Linear(4, 2, bias=False), "inner": nn.Sequential(nn.Linear(3, 4), nn.ReLU())}
+    model = nn.ModuleDict(parts)
+    before = dict(model.named_parameters())
+    replace_linear_layers(model)
+    assert [type(layer) for layer in (model["out"], model["inner"][0])] == [Linear, Linear]
+    assert list(before) == [name for name, _ in model.named_parameters()]
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
 
 
 def test_guidance_is_asked_for_where_it_is_an_input() -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from gesso_core.errors import UnsafeFile, WeightsError
-from gesso_core.text.gemma2 import INSTRUCTION, Gemma2Encoder, read_instruction
+from gesso_core.text.from_folder import read_instruction
+from gesso_core.text.gemma2 import INSTRUCTION, Gemma2Encoder
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast

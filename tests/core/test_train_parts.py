@@ -9,6 +9,7 @@ from gesso_core.metrics import psnr
 from gesso_core.models.dc_ae import DCAE, DCAEConfig, Stage
 from gesso_core.train.compose import augment, composite, palette_colors, shrink
 from gesso_core.train.linear_start import start_linear
+from gesso_core.train.optimizers import descend, muon_and_adamw
 from gesso_core.train.profiles import CPU
 from gesso_core.train.run_state import RunState, load_averaged, read_counters
 from gesso_core.train.schedule import Clock, Ema, learning_rate
@@ -91,11 +92,7 @@ def new_state(seed: int) -> RunState:
 
 def advance(state: RunState) -> None:
     x = torch.randn((4, 3), generator=state.generator)
-    state.model.zero_grad()
-    state.model(x).square().mean().backward()
-    state.optimizers[0].step()
-    state.ema.update(state.model)
-    state.step += 1
+    state.update(state.model(x).square().mean(), samples=4)
 
 
 def test_a_resumed_run_continues_exactly(tmp_path: Path) -> None:
@@ -110,7 +107,34 @@ def test_a_resumed_run_continues_exactly(tmp_path: Path) -> None:
     for ours, theirs in zip(original.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     assert torch.equal(original.ema.shadow["weight"], resumed.ema.shadow["weight"])
-    assert (resumed.step, resumed.losses) == (2, [(1, 0.5)])
+    assert (resumed.step, resumed.samples, resumed.losses) == (2, 8, [(1, 0.5)])
+
+
+def test_a_steep_loss_moves_a_parameter_no_further_than_a_gentle_one() -> None:
+    moved = []
+    for steepness in (10.0, 1e6):
+        layer = nn.Linear(3, 1, bias=False)
+        nn.init.zeros_(layer.weight)
+        loss = descend(
+            layer.weight.sum() * steepness, layer, [torch.optim.SGD([layer.weight], 0.1)]
+        )
+        assert loss == 0
+        moved.append(layer.weight.norm().item())
+    assert moved == pytest.approx([0.1, 0.1])
+
+
+def test_every_parameter_belongs_to_one_optimizer() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 5), nn.Linear(5, 2))
+    weights = [model[0].weight, model[1].weight]
+    muon, adamw = muon_and_adamw(model, weights, 0.1)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    muon.step()
+    adamw.step()
+    assert all(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    assert sum(len(group["params"]) for group in muon.param_groups) == 2
+    assert sum(len(group["params"]) for group in adamw.param_groups) == 4
 
 
 def test_the_averaged_model_can_be_read_from_a_saved_run(tmp_path: Path) -> None:

@@ -6,12 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from gesso_core.errors import WeightsError
-from gesso_core.models.vila_u.tower_config import DecoderConfig, EncoderConfig, TowerConfig
 from gesso_core.models.vila_u.vision_tower import VisionTower
 from gesso_core.text.states import TextStates
 from gesso_core.train.captioned_pictures import CaptionedPictures
 from gesso_core.train.captions import draw_records
-from gesso_core.train.matrix_muon import matrix_muon
+from gesso_core.train.optimizers import matrix_muon
 from gesso_core.train.sprites import SpriteSet
 from gesso_core.train.text_cache import encode_captions
 from gesso_core.train.tower_quality import (
@@ -32,29 +31,10 @@ from gesso_core.train.vila_u_tower import (
     load_tower_run,
     train_tower,
 )
+from small_towers import small_tower
 from torch import Generator
 
-SMALL = TowerConfig(
-    encoder=EncoderConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=32,
-        patch_size=16,
-    ),
-    decoder=DecoderConfig(
-        z_channels=32,
-        resolution=32,
-        width=32,
-        multipliers=(1, 1, 1, 1, 1),
-        blocks=0,
-        attention_resolutions=(),
-    ),
-    latent_shape=(2, 2, 32),
-    code_shape=(2, 2, 4),
-    codebook_size=32,
-)
+SMALL = small_tower(size=32, patch=16, codes=4, entries=32, layers=2, latent=32)
 
 
 class WordEncoder:

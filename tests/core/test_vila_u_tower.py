@@ -35,44 +35,18 @@ from gesso_core.models.vila_u.tower_config import (
     TOWERS,
     VILA_U_256,
     VILA_U_384,
-    DecoderConfig,
-    EncoderConfig,
     TowerConfig,
     decoder_config,
 )
-from gesso_core.models.vila_u.vision_tower import (
-    VisionTower,
-    crop_to_square,
-    preprocess,
-    siglip_vision_config,
-)
+from gesso_core.models.vila_u.vision_tower import VisionTower, preprocess, siglip_vision_config
 from gesso_core.pipelines.autoencoder import Autoencoder
 from gesso_core.train.publish_vila_u_tower import publish_projector, publish_tower
+from small_towers import small_tower
 from torch import Generator, Tensor
 from transformers import SiglipConfig, SiglipModel, SiglipVisionModel
 
 LAYOUT = Path(__file__).parents[1] / "golden" / "key_layouts" / "vila_u_7b_256.json"
-TINY = TowerConfig(
-    encoder=EncoderConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        image_size=32,
-        patch_size=8,
-    ),
-    decoder=DecoderConfig(
-        z_channels=16,
-        resolution=32,
-        width=32,
-        multipliers=(1, 1, 1, 1),
-        blocks=0,
-        attention_resolutions=(4,),
-    ),
-    latent_shape=(4, 4, 32),
-    code_shape=(4, 4, 3),
-    codebook_size=24,
-)
+TINY = small_tower(size=32, patch=8, codes=3, entries=24, attention=(4,))
 SEPARATE = replace(TINY, shared_codebook=False, codebook_size=(8, 12, 16))
 
 
@@ -397,12 +371,6 @@ def test_any_picture_is_resized_to_the_square_of_the_tower() -> None:
 def test_a_picture_that_is_not_rgb_of_8_bits_is_refused(picture: np.ndarray) -> None:
     with pytest.raises(InvalidRequest, match="send RGB"):
         preprocess(picture, 32)
-
-
-def test_training_pictures_keep_their_middle_or_their_top() -> None:
-    wide, tall = np.arange(20).reshape(2, 10, 1), np.arange(20).reshape(10, 2, 1)
-    assert crop_to_square(wide)[..., 0].tolist() == [[4, 5], [14, 15]]
-    assert crop_to_square(tall)[..., 0].tolist() == [[0, 1], [2, 3]]
 
 
 # Quantizer

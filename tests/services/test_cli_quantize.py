@@ -131,26 +131,36 @@ def test_an_unknown_format_is_refused_by_the_command_line(here: Path) -> None:
     assert "nvfp4" in result.output
 
 
-def test_a_folder_pipeline_says_where_its_result_belongs(here: Path, tiny_pipeline: Path) -> None:
-    words = ("--to", "int4", "--out", "out", *QUICK, "--keep-cross-kv")
-    result = gesso("quantize", str(tiny_pipeline), *words)
+@pytest.fixture(scope="module")
+def tiny_int4(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: Path) -> tuple[Path, Result]:
+    """A pipeline folder quantized with dense text layers, and what the command said."""
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "prompts.txt").write_text(PROMPTS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        words = ("--to", "int4", "--out", "ours", *QUICK, "--keep-cross-kv")
+        return folder / "ours", gesso("quantize", str(tiny_pipeline), *words)
+
+
+def test_a_folder_pipeline_says_where_its_result_belongs(
+    tiny_int4: tuple[Path, Result], tiny_pipeline: Path
+) -> None:
+    _, result = tiny_int4
     assert result.exit_code == 0, result.output
     assert f"in the place of {tiny_pipeline / 'transformer'}" in result.stdout
 
 
 @pytest.mark.parametrize("file_format", ["nunchaku-v1", "nunchaku-v2"])
 def test_a_model_goes_out_to_nunchaku_and_comes_back(
-    here: Path, tiny_pipeline: Path, file_format: str
+    here: Path, tiny_int4: tuple[Path, Result], file_format: str
 ) -> None:
-    quantized = ("--to", "int4", "--out", "ours", *QUICK, "--keep-cross-kv")
-    assert gesso("quantize", str(tiny_pipeline), *quantized).exit_code == 0
-    theirs = "theirs.safetensors"
-    exported = gesso("models", "export-quantized", "ours", theirs, "--format", file_format)
+    source, theirs = tiny_int4[0], "theirs.safetensors"
+    exported = gesso("models", "export-quantized", str(source), theirs, "--format", file_format)
     assert exported.exit_code == 0, exported.output
     assert f"12 quantized layers, as {file_format}" in exported.stdout
     imported = gesso("models", "import-quantized", theirs, "back", "--model", "sana-tiny")
     assert imported.exit_code == 0, imported.output
-    ours, back = (read_canonical(Path(name, CANONICAL_FILE)) for name in ("ours", "back"))
+    ours, back = (read_canonical(Path(name, CANONICAL_FILE)) for name in (source, "back"))
     assert back.made_by["model"] == "sana-tiny"
     assert ours.layers.keys() == back.layers.keys()
     for name, layer in ours.layers.items():
@@ -158,8 +168,8 @@ def test_a_model_goes_out_to_nunchaku_and_comes_back(
         assert layer.scale.equal(back.layers[name].scale), name
     assert (here / "back" / "config.json").is_file()
     failed(gesso("models", "import-quantized", theirs, "back"), "is there already")
-    failed(gesso("models", "export-quantized", "ours", theirs), "is there already")
-    lite = gesso("models", "export-quantized", "ours", "lite", "--format", "nunchaku-lite")
+    failed(gesso("models", "export-quantized", str(source), theirs), "is there already")
+    lite = gesso("models", "export-quantized", str(source), "lite", "--format", "nunchaku-lite")
     failed(lite, "export this model as nunchaku-v1")
 
 

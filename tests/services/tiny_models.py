@@ -17,10 +17,10 @@ from gesso_core.models.keys.vila_u import DEPTH_TRANSFORMER
 from gesso_core.models.keys.vila_u_tower import DEPTH_PREFIX, tower_aliases, write_tower
 from gesso_core.models.vila_u.depth_transformer import DepthConfig, DepthTransformer
 from gesso_core.models.vila_u.projector import Projector
-from gesso_core.models.vila_u.tower_config import DecoderConfig, EncoderConfig, TowerConfig
 from gesso_core.models.vila_u.vision_tower import VisionTower
 from gesso_core.train.vila_u_tokenizer import build_tokenizer, load_tokenizer
 from safetensors.torch import save_file
+from small_towers import small_tower
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -29,27 +29,7 @@ WORDS = (
     "does this picture show a green pear? yes no",
     "describe the picture: a small yellow lemon",
 )
-TOWER = TowerConfig(
-    encoder=EncoderConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        image_size=64,
-        patch_size=16,
-    ),
-    decoder=DecoderConfig(
-        z_channels=16,
-        resolution=64,
-        width=32,
-        multipliers=(1, 1, 1, 1, 1),
-        blocks=0,
-        attention_resolutions=(),
-    ),
-    latent_shape=(4, 4, 32),
-    code_shape=(4, 4, 3),
-    codebook_size=24,
-)
+TOWER = small_tower(size=64, patch=16, codes=3, entries=24)
 DEPTH = DepthConfig(
     depth=3, codebook=24, code_width=32, state_width=48, width=32, heads=2, layers=2, dropout=0.0
 )

@@ -8,22 +8,28 @@ from pathlib import Path
 
 import torch
 
-from gesso_core.evaluate.run import evaluate_shipped, table, write_gates
+from gesso_core.evaluate.run import table, write_gates
+from gesso_core.evaluate.shipped import EVALUATIONS, evaluate_shipped
 from gesso_core.hub import resolve
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the table and return 1 when a gate failed."""
     parser = argparse.ArgumentParser(prog="python -m gesso_core.evaluate", description=__doc__)
+    parser.add_argument(
+        "models", nargs="*", metavar="MODEL", help=f"all by default: {', '.join(EVALUATIONS)}"
+    )
     parser.add_argument("--json", type=Path, help="also write all measures to this file")
-    parser.add_argument("--limit", type=int, help="only the first prompts of each set")
+    parser.add_argument("--limit", type=int, help="only the first prompts and pictures of each set")
     parser.add_argument(
         "--write-gates", action="store_true", help="store measured values beside the weights"
     )
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
+    if unknown := set(options.models) - EVALUATIONS.keys():
+        parser.error(f"nothing is measured of {', '.join(sorted(unknown))}")
     torch.set_num_threads(options.threads)
-    results = evaluate_shipped(options.limit)
+    results = evaluate_shipped(options.models, options.limit)
     for name, measures in results.items():
         print(f"{name}\n{table(measures)}")
         if options.write_gates:

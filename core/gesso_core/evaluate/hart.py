@@ -1,34 +1,28 @@
-"""``python -m gesso_core.evaluate.hart``: measure the small HART as the small Sana is measured.
+"""The small HART, measured as the small Sana is.
 
 The same prompts, references and scores. In addition, what the continuous residual is worth: PSNR of
 the tokenizer with its codes alone and with the residual that they leave, on concepts that no
 training saw; and retrieval of pictures drawn without residual.
 """
 
-import argparse
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gesso_core.evaluate.references import References, load_references
+from gesso_core.evaluate.references import References
 from gesso_core.evaluate.retrieval import score
-from gesso_core.evaluate.run import BATCH, PROMPT_SETS, SIZE, Measure, table, write_gates
-from gesso_core.evaluate.sheet import PROMPTS, contact_sheet
+from gesso_core.evaluate.run import BATCH, PROMPT_SETS, SIZE, Measure
 from gesso_core.hub import load_dc_ae, resolve
 from gesso_core.metrics import psnr
 from gesso_core.models.dc_ae import DCAE
 from gesso_core.pipelines.hart import HartPipeline
-from gesso_core.pipelines.hart_load import load_hart
 from gesso_core.pipelines.recipe import GenerationRequest
 from gesso_core.train.compose import COLORS, composite, palette_colors, shrink, sprites_to_float
 
-MODEL, BASE = "hart-tiny", "sana-tiny"
 HART_GATES = {
     "held-in top-1": 0.85,
     "held-in background": 0.95,
@@ -114,30 +108,3 @@ def draw_hart(
 
 def _measure(name: str, value: float) -> Measure:
     return Measure(name=name, value=value, at_least=HART_GATES.get(name))
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Print the table, write gates and the contact sheet; 1 when a gate failed."""
-    parser = argparse.ArgumentParser(prog="python -m gesso_core.evaluate.hart", description=__doc__)
-    parser.add_argument("--folder", type=Path, help="a folder instead of the shipped model")
-    parser.add_argument("--limit", type=int, help="only the first prompts of each set")
-    parser.add_argument("--sheet", type=Path, help="write a contact sheet to this PNG")
-    parser.add_argument("--write-gates", action="store_true")
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    pipeline = load_hart(options.folder or MODEL)
-    references = load_references(resolve(BASE) / "references.safetensors")
-    measures = evaluate_hart(pipeline, references, limit=options.limit)
-    print(table(measures))
-    if options.write_gates:
-        write_gates(measures, options.folder or resolve(MODEL))
-    if options.sheet:
-        autoencoder = load_dc_ae(resolve(pipeline.autoencoder))
-        sheet = contact_sheet(draw_hart(pipeline, autoencoder, PROMPTS, seed=0), PROMPTS)
-        sheet.save(options.sheet, optimize=True)
-    return 0 if all(measure.passed for measure in measures) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Draw the fixed prompts with the shipped models, score them, and compare with the gates."""
+"""Draw the fixed prompts with a Sana, score them, and compare with the gates; the autoencoder."""
 
 import json
 import time
@@ -16,7 +16,6 @@ from gesso_core.evaluate import prompts as fixed
 from gesso_core.evaluate.prompts import EvaluationPrompt
 from gesso_core.evaluate.references import References, load_references
 from gesso_core.evaluate.retrieval import score
-from gesso_core.hub import load_dc_ae, resolve
 from gesso_core.metrics import psnr, ssim
 from gesso_core.models.dc_ae import DCAE
 from gesso_core.pipelines.recipe import GenerationRequest
@@ -110,15 +109,6 @@ def draw(pipeline: TextToImage, texts: Sequence[str], seed: int) -> Tensor:
         for picture in pipeline(*requests):
             pictures.append(torch.from_numpy(picture.pixels_HWC.copy()).permute(2, 0, 1))
     return torch.stack(pictures).float() / 127.5 - 1
-
-
-def evaluate_shipped(limit: int | None = None) -> dict[str, list[Measure]]:
-    """All measures of the models inside the package."""
-    autoencoder, denoiser = resolve("dcae-tiny"), resolve("sana-tiny")
-    return {
-        "dcae-tiny": evaluate_autoencoder(load_dc_ae(autoencoder), autoencoder),
-        "sana-tiny": evaluate_denoiser(TextToImage.load("sana-tiny"), denoiser, limit=limit),
-    }
 
 
 def stored_gates(folder: Path) -> dict[str, float]:

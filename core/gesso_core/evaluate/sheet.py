@@ -1,6 +1,6 @@
 """``python -m gesso_core.evaluate.sheet``: pictures for people to look at.
 
-Writes a contact sheet of 64 prompts and a sheet of reconstructions (above: the original sprite that
+Writes contact sheets of 64 prompts, and a sheet of reconstructions (above: the original sprite that
 the autoencoder never saw, below: what it makes of it).
 """
 
@@ -15,8 +15,10 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file
 from torch import Tensor
 
+from gesso_core.evaluate.hart import draw_hart
 from gesso_core.evaluate.run import SIZE, draw
 from gesso_core.hub import load_dc_ae, resolve
+from gesso_core.pipelines.hart_load import load_hart
 from gesso_core.pipelines.text_to_image import TextToImage
 from gesso_core.train.compose import COLORS, composite, palette_colors, sprites_to_float
 
@@ -98,7 +100,7 @@ def wrapped(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTyp
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write both sheets as PNG."""
+    """Write the sheets as PNG."""
     parser = argparse.ArgumentParser(
         prog="python -m gesso_core.evaluate.sheet", description=__doc__
     )
@@ -109,6 +111,9 @@ def main(arguments: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     pictures = draw(TextToImage.load("sana-tiny"), PROMPTS, options.seed)
     contact_sheet(pictures, PROMPTS).save(options.out / "contact_sheet.png", optimize=True)
+    hart = load_hart("hart-tiny")
+    pictures = draw_hart(hart, load_dc_ae(resolve(hart.autoencoder)), PROMPTS, options.seed)
+    contact_sheet(pictures, PROMPTS).save(options.out / "hart_sheet.png", optimize=True)
     sheet = reconstruction_sheet(resolve("dcae-tiny"))
     sheet.save(options.out / "reconstructions.png", optimize=True)
     return 0

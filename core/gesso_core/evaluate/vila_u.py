@@ -1,4 +1,4 @@
-"""``python -m gesso_core.evaluate.vila_u``: what the small VILA-U sees, and how it draws.
+"""What the small VILA-U sees, and how it draws.
 
 It is asked about three sets of pictures: compositions that were trained (held-in), concepts on a
 color that they were never shown on (held-out color), and concepts in a style that they were never
@@ -6,10 +6,8 @@ shown in (held-out style). Every share of right answers stands beside that of th
 answer.
 """
 
-import argparse
 import json
 import random
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -25,7 +23,7 @@ from torch import Tensor
 from gesso_core.evaluate import prompts as fixed
 from gesso_core.evaluate.references import load_references
 from gesso_core.evaluate.retrieval import score
-from gesso_core.evaluate.run import Measure, table, write_gates
+from gesso_core.evaluate.run import Measure
 from gesso_core.hub import resolve
 from gesso_core.pipelines.pictures import Pixels
 from gesso_core.pipelines.recipe import GenerationRequest
@@ -259,24 +257,3 @@ def _share(name: str, said: Sequence[str], right: Sequence[str]) -> list[Measure
         Measure(name=name, value=hits / count, at_least=GATES.get(name)),
         Measure(name=f"{name}, most frequent answer", value=most / count),
     ]
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Print the table and write gates; 1 when a gate failed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m gesso_core.evaluate.vila_u", description=__doc__
-    )
-    parser.add_argument("--limit", type=int, help="only the first pictures and prompts of each set")
-    parser.add_argument("--write-gates", action="store_true")
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    measures = evaluate_shipped_vila_u(options.limit)
-    print(table(measures))
-    if options.write_gates:
-        write_gates(measures, resolve("vilau-tiny"))
-    return 0 if all(measure.passed for measure in measures) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -11,7 +11,6 @@ are exactly those of the last step, in their order, nothing is copied.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 # R rows   H heads   T slots of memory   N new slots   d channels of a head
@@ -30,14 +29,10 @@ class _Memory:
 
 @dataclass(frozen=True, eq=False)
 class KVRows:
-    """The first ``length`` slots of some rows, for every layer.
-
-    ``padding`` is, per row, the number of slots at the start that hold nothing: rows of different
-    lengths are pushed to a common end.
-    """
+    """The first ``length`` slots of some rows, for every layer."""
 
     length: int
-    padding: tuple[int, ...]
+    rows: int
     _memory: _Memory = field(repr=False)
 
     @classmethod
@@ -57,31 +52,12 @@ class KVRows:
             [like.new_empty(shape) for _ in range(layers)],
             [like.new_empty(shape) for _ in range(layers)],
         )
-        return cls(0, (0,) * rows, memory)
-
-    @classmethod
-    def from_layers(
-        cls, keys: Sequence[Tensor], values: Sequence[Tensor], padding: Sequence[int] | None = None
-    ) -> "KVRows":
-        """Rows from finished keys and values, per layer (R, H, N, d), which are taken over."""
-        rows, length = keys[0].shape[0], keys[0].shape[2]
-        memory = _Memory(list(keys), list(values), used=length)
-        return cls(length, (0,) * rows if padding is None else tuple(padding), memory)
-
-    @property
-    def rows(self) -> int:
-        """Number of rows R."""
-        return len(self.padding)
+        return cls(0, rows, memory)
 
     @property
     def layers(self) -> int:
         """Number of layers."""
         return len(self._memory.keys)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory, that for later slots included."""
-        return sum(t.nbytes for t in (*self._memory.keys, *self._memory.values))
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer, each (R, H, length, d)."""
@@ -98,30 +74,22 @@ class KVRows:
             if capacity < room:
                 room = max(room, int(GROWTH * capacity))
             memory = self._copied(room)
-        return KVWriter(KVRows(length + slots, self.padding, memory), length)
-
-    def mask(self, new_slots: int = 0) -> Tensor | None:
-        """(R, 1, 1, length + new_slots) bool, false at padding; None where no row has any."""
-        if not any(self.padding):
-            return None
-        slots = torch.arange(self.length + new_slots, device=self._memory.keys[0].device)
-        padding_R = torch.tensor(self.padding, device=slots.device)
-        return (slots >= padding_R[:, None])[:, None, None]
+        return KVWriter(KVRows(length + slots, self.rows, memory), length)
 
     @staticmethod
     def gather(members: Sequence[tuple["KVRows", int]], capacity: int = 0) -> "KVRows":
-        """The rows ``(value, row)`` as one value.
+        """The rows ``(value, row)``, all of one length, as one value.
 
-        The value itself where exactly its rows are asked for, in their order; otherwise a copy, in
-        which shorter rows get padding in front. ``capacity`` is the memory to take at least.
+        The value itself where exactly its rows are asked for, in their order; otherwise a copy.
+        ``capacity`` is the memory to take at least.
         """
         first = members[0][0]
+        length = first.length
+        assert all(value.length == length for value, _ in members), "rows of different lengths"
         if all(value is first for value, _ in members) and [row for _, row in members] == [
             *range(first.rows)
         ]:
             return first
-        length = max(value.length - value.padding[row] for value, row in members)
-        padding = tuple(length - (value.length - value.padding[row]) for value, row in members)
         keys, values = [], []
         for index in range(first.layers):
             like = first._memory.keys[index]
@@ -129,11 +97,9 @@ class KVRows:
             keys.append(like.new_empty(shape))
             values.append(like.new_empty(shape))
             for target, (value, row) in enumerate(members):
-                start, end = padding[target], length
                 for store, source in zip((keys, values), value.layer(index), strict=True):
-                    store[index][target, :, :start] = 0
-                    store[index][target, :, start:end] = source[row, :, value.padding[row] :]
-        return KVRows(length, padding, _Memory(keys, values, used=length))
+                    store[index][target, :, :length] = source[row]
+        return KVRows(length, len(members), _Memory(keys, values, used=length))
 
     def _copied(self, capacity: int) -> _Memory:
         def larger(old: Tensor) -> Tensor:

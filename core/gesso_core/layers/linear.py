@@ -54,6 +54,14 @@ class Linear(nn.Linear):
         return _with_low_rank(self, x, self.weight, self.bias)
 
 
+def replace_linear_layers(module: nn.Module) -> None:
+    """Let `Linear` stand for every plain ``nn.Linear`` inside ``module``, with its parameters."""
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                setattr(parent, name, _with_parameters_of(child))
+
+
 class PointwiseConv(nn.Module):
     """A 1x1 convolution on tokens (..., I) → (..., O), with a convolution's parameter shapes."""
 
@@ -73,6 +81,13 @@ class PointwiseConv(nn.Module):
     def forward(self, x: Tensor, activation: Activation = "none") -> Tensor:
         """Apply the convolution to channels-last tokens."""
         return _with_low_rank(self, x, self.weight.flatten(1), self.bias, activation)
+
+
+def _with_parameters_of(layer: nn.Linear) -> Linear:
+    with torch.device("meta"):
+        ours = Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    ours.weight, ours.bias = layer.weight, layer.bias
+    return ours.train(layer.training)
 
 
 def _with_low_rank(

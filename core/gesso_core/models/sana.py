@@ -25,6 +25,7 @@ from gesso_core.layers.embeddings import PositionTable, ScalarEmbedding
 from gesso_core.layers.linear import Linear, linear
 from gesso_core.layers.mix_ffn import MixFFN
 from gesso_core.layers.modulation import Modulation, modulated
+from gesso_core.layers.tables import normal_table
 from gesso_core.models.sana_config import SANA_CONFIGS, SanaConfig
 from gesso_core.models.sana_text import (
     CaptionEmbedding,
@@ -47,7 +48,7 @@ class SanaBlock(nn.Module):
         super().__init__()
         width = config.width
         self.norm_eps = config.norm_eps
-        self.table = nn.Parameter(torch.randn(6, width) / width**0.5)
+        self.table = normal_table(6, width, scale=width**-0.5)
         self.attention = ReLULinearAttention(
             width,
             config.head_dim,
@@ -86,7 +87,7 @@ class SanaHead(nn.Module):
 
     def __init__(self, width: int, channels: int) -> None:
         super().__init__()
-        self.table = nn.Parameter(torch.randn(2, width) / width**0.5)
+        self.table = normal_table(2, width, scale=width**-0.5)
         self.linear = Linear(width, channels)
 
     def forward(self, x_BND: Tensor, embedding_BD: Tensor) -> Tensor:

@@ -6,7 +6,14 @@ from gesso_core.errors import InvalidRequest
 from gesso_core.models.hart.config import HARTConfig
 from gesso_core.models.hart.generation import DrawOptions
 from gesso_core.pipelines.hart_draft import HartRecipe
-from gesso_core.pipelines.recipe import MAX_GUIDANCE, GenerationRequest, check_size
+from gesso_core.pipelines.recipe import (
+    GenerationRequest,
+    check_prompt,
+    check_seed,
+    check_size,
+    chosen_guidance,
+    refuse_denoising_options,
+)
 from gesso_core.registry import ModelEntry
 
 
@@ -42,9 +49,8 @@ def hart_recipe(
     Raises:
         InvalidRequest: naming the first field that this model refuses.
     """
-    _refuse_foreign_options(request, entry)
-    if not request.prompt.strip():
-        raise InvalidRequest("the prompt is empty; say what to paint", field="prompt")
+    refuse_denoising_options(request, entry, "scale by scale")
+    check_prompt(request)
     if prompt_tokens > config.context_tokens:
         raise InvalidRequest(
             f"the prompt has {prompt_tokens} tokens; {entry.name} reads {config.context_tokens}: "
@@ -58,8 +64,7 @@ def hart_recipe(
             f"not {request.width}x{request.height}",
             field="width",
         )
-    if not 0 <= request.seed < 2**63:
-        raise InvalidRequest(f"seed {request.seed} is not in 0..2^63-1", field="seed")
+    check_seed(request)
     return HartRecipe(
         model=entry.name,
         prompt=request.prompt,
@@ -69,7 +74,7 @@ def hart_recipe(
         latent_shape=(config.latent_channels, config.side, config.side),
         seed=request.seed,
         steps=len(config.scales),
-        guidance_scale=_guidance_scale(request, entry),
+        guidance_scale=chosen_guidance(request, entry, off=0),
         options=DrawOptions(
             top_k=_top_k(request, config, defaults),
             top_p=_top_p(request, defaults),
@@ -89,31 +94,6 @@ def checked_keep(keep: int | None, config: HARTConfig) -> int | None:
             field="keep",
         )
     return keep
-
-
-def _refuse_foreign_options(request: GenerationRequest, entry: ModelEntry) -> None:
-    given = {
-        "negative_prompt": bool(request.negative_prompt),
-        "steps": request.steps is not None,
-        "sampler": request.sampler not in (None, entry.sampler),
-        "loras": bool(request.loras),
-    }
-    for field, is_given in given.items():
-        if is_given:
-            raise InvalidRequest(
-                f"{entry.name} draws scale by scale and has no use for {field}; leave it out",
-                field=field,
-            )
-
-
-def _guidance_scale(request: GenerationRequest, entry: ModelEntry) -> float:
-    scale = entry.guidance_scale if request.guidance_scale is None else request.guidance_scale
-    if not 0 <= scale <= MAX_GUIDANCE:
-        raise InvalidRequest(
-            f"guidance scale {scale}; allowed are 0 to {MAX_GUIDANCE:g}, where 0 means no guidance",
-            field="guidance_scale",
-        )
-    return float(scale)
 
 
 def _top_k(request: GenerationRequest, config: HARTConfig, defaults: HartDefaults) -> int | None:

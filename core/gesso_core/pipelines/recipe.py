@@ -89,18 +89,16 @@ def make_recipe(
     request: GenerationRequest, entry: ModelEntry, canvas: Canvas, *, guidance_embedding: bool
 ) -> Recipe:
     """The recipe of a request; InvalidRequest names the first field that this model refuses."""
-    if not request.prompt.strip():
-        raise InvalidRequest("the prompt is empty; say what to paint", field="prompt")
+    check_prompt(request)
     _refuse_token_options(request, entry)
     sampler = _sampler(request, entry, guidance_embedding)
-    guidance_scale = _guidance_scale(request, entry)
+    guidance_scale = chosen_guidance(request, entry)
     if guidance_embedding and request.negative_prompt:
         raise InvalidRequest(
             f"{entry.name} is distilled and cannot avoid a negative prompt; leave it empty",
             field="negative_prompt",
         )
-    if not 0 <= request.seed < 2**63:
-        raise InvalidRequest(f"seed {request.seed} is not in 0..2^63-1", field="seed")
+    check_seed(request)
     height, width = model_size(entry, canvas, request.height, request.width)
     return Recipe(
         model=entry.name,
@@ -158,6 +156,46 @@ def check_size(entry: ModelEntry, height: int, width: int) -> None:
         )
 
 
+def check_prompt(request: GenerationRequest) -> None:
+    """Refuse a prompt without a word."""
+    if not request.prompt.strip():
+        raise InvalidRequest("the prompt is empty; say what to paint", field="prompt")
+
+
+def check_seed(request: GenerationRequest) -> None:
+    """Refuse a seed that is no number of 63 bits."""
+    if not 0 <= request.seed < 2**63:
+        raise InvalidRequest(f"seed {request.seed} is not in 0..2^63-1", field="seed")
+
+
+def chosen_guidance(request: GenerationRequest, entry: ModelEntry, *, off: int = 1) -> float:
+    """The strength of guidance; ``off`` is the one that the model draws without guidance at."""
+    scale = entry.guidance_scale if request.guidance_scale is None else request.guidance_scale
+    if not 0 <= scale <= MAX_GUIDANCE:
+        raise InvalidRequest(
+            f"guidance scale {scale}; allowed are 0 to {MAX_GUIDANCE:g}, where {off} means no "
+            "guidance",
+            field="guidance_scale",
+        )
+    return float(scale)
+
+
+def refuse_denoising_options(request: GenerationRequest, entry: ModelEntry, drawn: str) -> None:
+    """Refuse what only diffusion models choose; ``drawn`` is how this one draws."""
+    given = {
+        "negative_prompt": bool(request.negative_prompt),
+        "steps": request.steps is not None,
+        "sampler": request.sampler not in (None, entry.sampler),
+        "loras": bool(request.loras),
+    }
+    for field, is_given in given.items():
+        if is_given:
+            raise InvalidRequest(
+                f"{entry.name} draws {drawn} and has no use for {field}; leave it out",
+                field=field,
+            )
+
+
 def _refuse_token_options(request: GenerationRequest, entry: ModelEntry) -> None:
     for field in ("top_k", "top_p", "keep"):
         if getattr(request, field) is not None:
@@ -187,16 +225,6 @@ def _steps(request: GenerationRequest, entry: ModelEntry, sampler: str) -> int:
             field="steps",
         )
     return steps
-
-
-def _guidance_scale(request: GenerationRequest, entry: ModelEntry) -> float:
-    scale = entry.guidance_scale if request.guidance_scale is None else request.guidance_scale
-    if not 0 <= scale <= MAX_GUIDANCE:
-        raise InvalidRequest(
-            f"guidance scale {scale}; allowed are 0 to {MAX_GUIDANCE:g}, where 1 means no guidance",
-            field="guidance_scale",
-        )
-    return float(scale)
 
 
 def _guidance(scale: float, guidance_embedding: bool) -> Guidance:

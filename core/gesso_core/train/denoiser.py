@@ -14,10 +14,11 @@ from torch import Generator, Tensor, nn
 from gesso_core.models.sana import SANA_CONFIGS, Sana, initialize_weights
 from gesso_core.train.captions import ANY_STYLE, CaptionRecord
 from gesso_core.train.latents import LatentViews, shown_compositions
+from gesso_core.train.optimizers import muon_and_adamw
 from gesso_core.train.profiles import Profile
 from gesso_core.train.progress import ProgressLine, plot_losses
 from gesso_core.train.run_state import RunState
-from gesso_core.train.schedule import Clock, Ema, clip_gradients, learning_rate, set_learning_rate
+from gesso_core.train.schedule import Clock, Ema, learning_rate, set_learning_rate
 from gesso_core.train.sprites import STYLES, SpriteSet
 from gesso_core.train.text_cache import CaptionStates
 
@@ -195,12 +196,7 @@ def _optimizers(model: Sana, rate: float) -> tuple[torch.optim.Optimizer, ...]:
         for name, parameter in model.blocks.named_parameters()
         if parameter.ndim == 2 and not name.endswith("table")
     ]
-    chosen = {id(parameter) for parameter in matrices}
-    others = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
-    return (
-        torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.01),
-    )
+    return muon_and_adamw(model, matrices, rate)
 
 
 def _update(
@@ -221,17 +217,7 @@ def _update(
         exact_share=max(0.0, EXACT_START * (1 - done / EXACT_UNTIL)),
         keyword_share=KEYWORD_SHARE if done > EXACT_UNTIL else 0.0,
     )
-    loss = flow_loss(model, batch, state.generator)
-    model.zero_grad(set_to_none=True)
-    torch.autograd.backward(loss)
-    clip_gradients(model.parameters(), 1.0)
-    for optimizer in state.optimizers:
-        optimizer.step()
-    state.ema.update(model)
-    state.step += 1
-    state.samples += profile.denoiser_batch
-    shown = progress.update(
-        state.clock.fraction, state.step, float(loss.detach()), profile.denoiser_batch
-    )
+    loss = state.update(flow_loss(model, batch, state.generator), profile.denoiser_batch)
+    shown = progress.update(state.clock.fraction, state.step, loss, profile.denoiser_batch)
     if shown is not None:
         state.losses.append((state.step, shown))

@@ -21,9 +21,10 @@ from gesso_core.models.hart.transformer import HART, HARTText, text_positions, w
 from gesso_core.train.denoiser import Batch, CaptionedLatents
 from gesso_core.train.hart_tokenizer import FOLDER, load_hart_views, load_trained_quantizer
 from gesso_core.train.hart_views import noisy_targets
+from gesso_core.train.optimizers import muon_and_adamw
 from gesso_core.train.progress import ProgressLine, plot_losses
 from gesso_core.train.run_state import RunState
-from gesso_core.train.schedule import Clock, Ema, clip_gradients, learning_rate, set_learning_rate
+from gesso_core.train.schedule import Clock, Ema, learning_rate, set_learning_rate
 from gesso_core.train.stages import Workspace
 
 SEED = 31
@@ -154,12 +155,7 @@ def _optimizers(model: HART, rate: float) -> tuple[torch.optim.Optimizer, ...]:
         for name, parameter in model.blocks.named_parameters()
         if parameter.ndim == 2 and name.endswith("weight")
     ]
-    chosen = {id(parameter) for parameter in matrices}
-    others = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
-    return (
-        torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.01),
-    )
+    return muon_and_adamw(model, matrices, rate)
 
 
 def _update(
@@ -184,16 +180,8 @@ def _update(
         empty_share=0.0,
     )
     losses = batch_losses(model, quantizer, batch, state.generator)
-    loss = weighted_loss(losses, model.config.scales)
-    model.zero_grad(set_to_none=True)
-    torch.autograd.backward(loss)
-    clip_gradients(model.parameters(), 1.0)
-    for optimizer in state.optimizers:
-        optimizer.step()
-    state.ema.update(model)
-    state.step += 1
-    state.samples += training.batch
-    shown = progress.update(done, state.step, float(loss.detach()), training.batch)
+    loss = state.update(weighted_loss(losses, model.config.scales), training.batch)
+    shown = progress.update(done, state.step, loss, training.batch)
     if shown is not None:
         state.losses.append((state.step, shown))
 

@@ -26,8 +26,9 @@ from gesso_core.models.sana import Sana
 from gesso_core.train.compose import COLORS, composite, shrink, sprites_to_float
 from gesso_core.train.denoiser import CaptionedLatents, flow_loss
 from gesso_core.train.latents import LatentViews
+from gesso_core.train.optimizers import descend
 from gesso_core.train.progress import ProgressLine
-from gesso_core.train.schedule import clip_gradients, learning_rate, set_learning_rate
+from gesso_core.train.schedule import learning_rate, set_learning_rate
 from gesso_core.train.sprites import SpriteSet
 from gesso_core.train.stages import Workspace
 
@@ -142,13 +143,9 @@ def train_lora(model: Sana, data: CaptionedLatents, profile: LoraProfile) -> Tra
         rate = learning_rate(done, step, peak=profile.rate, floor=0.05, hold=0.5, warm_up=20)
         set_learning_rate([optimizer], rate)
         batch = data.draw(profile.batch, generator, exact_share=profile.exact_share)
-        optimizer.zero_grad(set_to_none=True)
         with adapters(lora):  # of the backward pass as well, which may compute blocks again
-            loss = flow_loss(model, batch, generator)
-            torch.autograd.backward(loss)
-        clip_gradients(lora.parameters(), 1.0)
-        optimizer.step()
-        progress.update(done, step + 1, float(loss.detach()), profile.batch)
+            loss = descend(flow_loss(model, batch, generator), lora, [optimizer])
+        progress.update(done, step + 1, loss, profile.batch)
     return lora
 
 

@@ -129,9 +129,15 @@ class Questions:
         return _conversation(pairs)
 
     def claims(self, shown: Shown, turns: int) -> list[Turn]:
-        """A conversation of claims about one picture, each answered with yes or no."""
+        """A conversation of claims about one picture, each answered with yes or no.
+
+        Every other one begins with the caption: two texts are easier to compare than a text and a
+        picture, and who can do the one learns the other sooner.
+        """
         kinds = (self._judge, self._is, self._is)
-        return _conversation([self.rng.choice(kinds)(shown) for _ in range(turns)])
+        captions = [self._caption(shown)] if self.rng.random() < 0.5 else []
+        claims = [self.rng.choice(kinds)(shown) for _ in range(turns - len(captions))]
+        return _conversation([*captions, *claims])
 
     def change(self, shown: Shown, changed: Shown) -> str:
         """The request that turns one picture into another of the same thing."""

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 
+from gesso_core.train.optimizers import descend
 from gesso_core.train.schedule import Clock, Ema
 
 
@@ -31,6 +32,14 @@ class RunState:
     samples: int = 0
     stage: str = "start"
     losses: list[tuple[int, float]] = field(default_factory=list)
+
+    def update(self, loss: Tensor, samples: int) -> float:
+        """One step of the optimizers down ``loss``, which counts ``samples``; the loss."""
+        value = descend(loss, self.model, self.optimizers)
+        self.ema.update(self.model)
+        self.step += 1
+        self.samples += samples
+        return value
 
     def save(self, path: Path) -> None:
         """Write the state; the old file is replaced only when the new one is complete."""

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 class Clock:
@@ -75,8 +75,3 @@ class Ema:
         """Overwrite the model's parameters with their average."""
         for name, parameter in model.named_parameters():
             parameter.copy_(self.shadow[name])
-
-
-def clip_gradients(parameters: Iterable[Tensor], limit: float) -> float:
-    """Scale gradients to a norm of at most ``limit``; returns the norm before."""
-    return float(nn.utils.clip_grad_norm_(list(parameters), limit))

@@ -40,11 +40,11 @@ from gesso_core.train.sprites import SpriteSet
 VIEWS = 4
 CHUNK = 64
 TURNS = (1, 1, 2)  # of a conversation; a later answer can often be read off an earlier one
-CLAIMS, CLAIM_TURNS = 0.3, 3  # share of conversations of yes and no, and their length
+CLAIMS, CLAIM_TURNS = 0.4, 3  # share of conversations of yes and no, and their length
 # Shares of lessons. Those that ask for a picture without saying which serve guidance.
-SEE, DRAW, CHANGE, TALK = 0.52, 0.39, 0.06, 0.03
+SEE, DRAW, CHANGE, TALK = 0.24, 0.68, 0.05, 0.03
 UNCONDITIONAL = 0.1
-PLAIN_VIEW = 0.85  # share of pictures to draw that show the sprite unmoved
+PLAIN_VIEW = 0.95  # share of pictures to draw that show the sprite unmoved
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,10 +28,10 @@ from gesso_core.models.vila_u.tower_config import VILAU_TINY, TowerConfig
 from gesso_core.models.vila_u.vision_tower import VisionTower
 from gesso_core.train.autoencoder import reconstruction_loss
 from gesso_core.train.captioned_pictures import CaptionedPictures, Pictures
-from gesso_core.train.matrix_muon import matrix_muon
+from gesso_core.train.optimizers import muon_and_adamw
 from gesso_core.train.progress import ProgressLine, plot_losses
 from gesso_core.train.run_state import RunState
-from gesso_core.train.schedule import Clock, Ema, clip_gradients, learning_rate, set_learning_rate
+from gesso_core.train.schedule import Clock, Ema, learning_rate, set_learning_rate
 from gesso_core.train.stages import Workspace
 from gesso_core.train.tower_quality import held_out_concepts, tower_quality
 from gesso_core.train.tower_start import start_linear, start_smooth, start_tables
@@ -223,12 +223,7 @@ def _optimizers(model: TowerInTraining, rate: float) -> tuple[torch.optim.Optimi
     inner = (model.tower.encoder.encoder, model.tower.decoder.middle, model.tower.decoder.levels)
     matrices = [p for part in inner for p in part.parameters() if p.ndim >= 2]
     matrices.append(model.tower.decoder.conv_in.weight)
-    chosen = {id(parameter) for parameter in matrices}
-    others = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
-    return (
-        matrix_muon(matrices, rate, weight_decay=0.01),
-        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=1e-3),
-    )
+    return muon_and_adamw(model, matrices, rate, rest_decay=1e-3)
 
 
 def _restart_below(tower: VisionTower, limit: float) -> None:
@@ -279,15 +274,7 @@ def _update(
     loss = (_frozen_loss if state.stage == "decoder" else _full_loss)(
         state, model, batch, text_BT, profile.decoded
     )
-    model.zero_grad(set_to_none=True)
-    torch.autograd.backward(loss)
-    clip_gradients(model.parameters(), 1.0)
-    for optimizer in state.optimizers:
-        optimizer.step()
-    state.ema.update(model)
-    state.step += 1
-    state.samples += profile.pictures
-    return float(loss.detach())
+    return state.update(loss, profile.pictures)
 
 
 def _frozen_loss(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gesso_core.layers.kv_cache import KVWriter
 from gesso_core.layers.linear import Linear
+from gesso_core.layers.tables import normal_table
 from gesso_core.models.hart.config import HARTConfig, Pooling
 from gesso_core.models.hart.rotary import rotate
 
@@ -106,7 +107,7 @@ class Block(nn.Module):
         self.modulation = Linear(width, 6 * width) if config.modulation == "pooled" else None
         self.table = None
         if config.modulation == "shared":
-            self.table = nn.Parameter(torch.randn(6, width) / width**0.5)
+            self.table = normal_table(6, width, scale=width**-0.5)
 
     def forward(
         self,

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gesso_core.errors import ConfigError, InvalidRequest
+from gesso_core.layers.tables import normal_table
 
 NO_PHI = 1e-6  # ratios up to this one turn φ into the identity
 ROWS_AT_ONCE = 8192  # rows of the distance matrix that are held in memory
@@ -76,7 +77,7 @@ class MultiScaleQuantizer(nn.Module):
         require_scales(scales)
         self.scales, self.cosine, self.beta = tuple(scales), cosine, beta
         self.phi_ratio = abs(phi_ratio)
-        self.codebook_VC = nn.Parameter(torch.randn(vocabulary, channels) * channels**-0.5)
+        self.codebook_VC = normal_table(vocabulary, channels, scale=channels**-0.5)
         count = 0 if self.phi_ratio <= NO_PHI else (phi_sharing or phi_count or len(scales))
         self.phis = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(count))
         self._phi_of_scale = phi_of_scale(len(scales), count)
