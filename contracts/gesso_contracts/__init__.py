@@ -8,9 +8,11 @@ from gesso_contracts.blobs import SAFETENSORS, BlobRef, Inline, Payload
 from gesso_contracts.codec import ContractError, decode, encode, parse
 from gesso_contracts.conversations import (
     AnswerTurn,
+    CheckJudgement,
     ImagePart,
     ImagesJudged,
     JudgeImages,
+    JudgementChecked,
     TextPart,
     Turn,
     TurnAnswered,
@@ -66,6 +68,7 @@ __all__ = [
     "AskReady",
     "BlobRef",
     "CancelJob",
+    "CheckJudgement",
     "ContractError",
     "DeadLetter",
     "DecodeLatent",
@@ -90,6 +93,7 @@ __all__ = [
     "JobStatus",
     "JobText",
     "JudgeImages",
+    "JudgementChecked",
     "LatentDecoded",
     "LoraUse",
     "LoraUsed",

@@ -78,6 +78,19 @@ class TurnAnswered(Message):
     answer_tokens: int = Field(ge=0)
 
 
+class CheckJudgement(Message):
+    """Can pictures be judged by this prompt? Asked before there are any."""
+
+    model: ModelName
+    prompt: Prompt
+
+
+class JudgementChecked(Message):
+    """Yes; ``tokens`` is what the model will read of each picture and the question about it."""
+
+    tokens: int = Field(ge=1)
+
+
 class JudgeImages(Message):
     """How well does each picture show what the prompt asks for?"""
 

@@ -47,6 +47,11 @@ RPC: dict[str, dict[str, Operation]] = {
         "judge": Operation(
             request=c.JudgeImages, reply=c.ImagesJudged, summary="How well pictures show a prompt."
         ),
+        "check-judgement": Operation(
+            request=c.CheckJudgement,
+            reply=c.JudgementChecked,
+            summary="Whether pictures can be judged by a prompt.",
+        ),
         "ready": READY,
         "metrics": METRICS,
     },

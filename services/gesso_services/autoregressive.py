@@ -99,7 +99,7 @@ def build_service(settings: AutoregressiveSettings | None = None) -> ServiceSpec
     return ServiceSpec(
         name="autoregressive",
         settings=service.settings,
-        rpc={"judge": service.seeing.judge},
+        rpc={"judge": service.seeing.judge, "check-judgement": service.seeing.check_judgement},
         jobs={
             "generate-image": service.drawing.generate_image,
             "vary-image": service.drawing.vary_image,

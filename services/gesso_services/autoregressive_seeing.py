@@ -53,6 +53,12 @@ class Seeing:
             answer_tokens=said.answer_tokens,
         )
 
+    async def check_judgement(self, request: c.CheckJudgement) -> c.JudgementChecked:
+        """Whether the model can judge by the prompt; InvalidRequest says why not."""
+        model = seeing(self.workshop.model(request.model))
+        question = await self.workshop.aside(model.judging.question, request.prompt)
+        return c.JudgementChecked(tokens=question.tokens)
+
     async def judge(self, request: c.JudgeImages) -> c.ImagesJudged:
         """How well each picture shows what the prompt asks for."""
         model = seeing(self.workshop.model(request.model))

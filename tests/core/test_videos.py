@@ -1,5 +1,6 @@
 """Videos are written in three formats, and a stranger's video is looked at within limits."""
 
+import itertools
 import struct
 from contextlib import suppress
 from io import BytesIO
@@ -8,6 +9,7 @@ import av
 import numpy as np
 import pytest
 from gesso_core.errors import InvalidRequest
+from gesso_core.pipelines import videos
 from gesso_core.pipelines.pictures import encode_picture
 from gesso_core.pipelines.videos import (
     Frames,
@@ -111,8 +113,9 @@ def test_a_turned_phone_video_is_shown_upright() -> None:
         (VideoLimits(pixels=1000), "64x48, 3,072 pixels a frame; at most 1,000"),
         (VideoLimits(frames=4), "more than 4 frames"),
         (VideoLimits(total_pixels=3 * 3072), "more than 3 frames of 64x48"),
+        (VideoLimits(seconds=1e-9), "takes more than 1e-09 s to read; send a shorter"),
     ],
-    ids=["bytes", "pixels", "frames", "total"],
+    ids=["bytes", "pixels", "frames", "total", "time"],
 )
 @pytest.mark.parametrize("video_format", FORMATS)
 def test_a_video_over_a_limit_is_refused_with_the_limit(
@@ -121,6 +124,23 @@ def test_a_video_over_a_limit_is_refused_with_the_limit(
     with pytest.raises(InvalidRequest, match=message) as refused:
         decode_video(encode_video(clip(), video_format), 8, limits=limits)
     assert refused.value.field == "video"
+
+
+@pytest.mark.parametrize("video_format", FORMATS)
+def test_the_time_is_looked_at_up_to_the_last_frame(
+    video_format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each look at this clock takes a second."""
+    data = encode_video(clip(), video_format)
+    ticks = itertools.count()
+    monkeypatch.setattr(videos, "monotonic", lambda: float(next(ticks)))
+    decode_video(data, 5, limits=VideoLimits(seconds=1000))
+    looks = next(ticks) - 1  # the first one only begins
+    assert looks >= 2 * len(clip())
+    decode_video(data, 5, limits=VideoLimits(seconds=looks))
+    for seconds in range(1, looks, 3):
+        with pytest.raises(InvalidRequest, match=f"more than {seconds} s"):
+            decode_video(data, 5, limits=VideoLimits(seconds=seconds))
 
 
 PLAYLIST = b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n"

@@ -11,6 +11,8 @@ import torch
 from gesso_core.errors import InvalidRequest
 from gesso_core.models.vila_u.splice import Row, pad_rows
 from gesso_core.models.vila_u.template import CAPTION_QUESTION
+from gesso_core.models.vila_u.vision_tower import TowerCodes
+from gesso_core.pipelines import vila_u_prompt
 from gesso_core.pipelines.vila_u import VilaUPipeline
 from gesso_core.pipelines.vila_u_draft import AnswerDraft, AnswerOptions, Part, Utterance, Video
 from gesso_core.pipelines.vila_u_room import answering_bytes, judging_bytes
@@ -79,6 +81,40 @@ def test_greedy_answers_are_those_of_transformers(vila_u: VilaUPipeline, number:
     assert draft.prompt_tokens == len(row)
 
 
+def test_conversations_are_fed_together_and_those_that_write_wait_for_them(
+    vila_u: VilaUPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = [vila_u.begin_answer(c, o) for c, o in zip(CONVERSATIONS, OPTIONS, strict=True)]
+    (first,) = vila_u.advance_answers(begun[:1])
+    encode, seen = vila_u.model.tower.encode, list[int]()
+
+    def noted(pixels_B3SS: torch.Tensor) -> TowerCodes:
+        seen.append(len(pixels_B3SS))
+        return encode(pixels_B3SS)
+
+    monkeypatch.setattr(vila_u.model.tower, "encode", noted)
+    waited, *fed = vila_u.advance_answers([first, *begun[1:]])
+    assert waited is first
+    assert seen == [1 + 2 + vila_u.model.config.video_frames]
+    for before, draft in zip(begun[1:], fed, strict=True):
+        (alone,) = vila_u.advance_answers([before])
+        assert draft.stream is not None
+        assert alone.stream is not None
+        assert draft.ids == ()
+        assert draft.stream.length == draft.prompt_tokens
+        assert torch.equal(draft.stream.state_S, alone.stream.state_S)
+
+
+def test_many_long_prompts_are_fed_in_portions(
+    vila_u: VilaUPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = answered(vila_u, CONVERSATIONS, OPTIONS)
+    monkeypatch.setattr(vila_u_prompt, "TOKENS_TOGETHER", 20)
+    monkeypatch.setattr(vila_u_prompt, "PICTURES_TOGETHER", 2)
+    portioned = answered(vila_u, CONVERSATIONS, OPTIONS)
+    assert [draft.ids for draft in portioned] == [draft.ids for draft in together]
+
+
 def test_what_was_shown_is_never_taken_back(vila_u: VilaUPipeline) -> None:
     options = AnswerOptions(max_tokens=40, temperature=1.5, seed=5, stop=("qqq",))
     draft = vila_u.begin_answer(CONVERSATIONS[1], options)
@@ -121,7 +157,7 @@ def test_a_seed_decides_a_drawn_answer(vila_u: VilaUPipeline) -> None:
 
 def test_memory_of_an_answer_is_known_before_it_is_taken(vila_u: VilaUPipeline) -> None:
     for conversation in CONVERSATIONS:
-        draft = vila_u.begin_answer(conversation, GREEDY)
+        (draft,) = vila_u.advance_answers([vila_u.begin_answer(conversation, GREEDY)])
         assert answering_bytes(vila_u, conversation, GREEDY) == vila_u.kv_bytes(draft)
 
 
@@ -202,3 +238,15 @@ def test_the_judge_refuses_what_it_cannot_ask(vila_u: VilaUPipeline) -> None:
         with pytest.raises(InvalidRequest, match=words) as caught:
             vila_u.judge([picture(0)], prompt)
         assert caught.value.field == "prompt"
+        with pytest.raises(InvalidRequest, match=words):
+            vila_u.judging.question(prompt)  # without a picture
+
+
+def test_a_prompt_for_the_judge_fits_up_to_the_last_token(vila_u: VilaUPipeline) -> None:
+    context = vila_u.model.config.context
+    fits = "red"
+    while vila_u.judging.question(fits).tokens < context:
+        fits += " red"
+    assert len(vila_u.judge([picture(0)], fits)) == 1
+    with pytest.raises(InvalidRequest, match=f"{context + 1} tokens together; .* takes {context}:"):
+        vila_u.judging.question(f"{fits} red")

@@ -32,6 +32,12 @@ def finished(pipeline: VilaUPipeline, *drafts: DrawDraft) -> list[DrawDraft]:
     return going
 
 
+def fed(pipeline: VilaUPipeline, request: GenerationRequest, *image: np.ndarray) -> DrawDraft:
+    """A draft whose prompt is fed and that has nothing drawn yet."""
+    (draft,) = pipeline.advance([pipeline.begin(pipeline.recipe(request), *image)])
+    return draft
+
+
 def drawn(pipeline: VilaUPipeline, *requests: GenerationRequest) -> list[DrawDraft]:
     return finished(pipeline, *(pipeline.begin(pipeline.recipe(r)) for r in requests))
 
@@ -56,15 +62,28 @@ def test_a_seed_gives_the_same_codes_alone_and_in_a_mixed_batch(vila_u: VilaUPip
 
 def test_drafts_may_join_at_different_rows(vila_u: VilaUPipeline) -> None:
     early, late = (vila_u.begin(vila_u.recipe(request)) for request in REQUESTS[:2])
-    (early,) = vila_u.advance([early])
+    for _ in range(2):  # its prompt, then a row
+        (early,) = vila_u.advance([early])
     both = finished(vila_u, early, late)
     assert [draft.steps_done for draft in both] == [2, 2]
     for request, draft in zip(REQUESTS[:2], both, strict=True):
         assert torch.equal(drawn(vila_u, request)[0].codes_TD, draft.codes_TD)
 
 
+def test_prompts_are_fed_together_and_those_that_draw_wait_for_them(vila_u: VilaUPipeline) -> None:
+    (ahead,) = vila_u.advance([fed(vila_u, REQUESTS[0])])
+    late = [vila_u.begin(vila_u.recipe(request), picture(0)) for request in REQUESTS[1:]]
+    waited, *moved = vila_u.advance([ahead, *late])
+    assert waited is ahead
+    assert [draft.steps_done for draft in moved] == [0] * len(late)
+    for request, draft in zip(REQUESTS[1:], moved, strict=True):
+        alone = fed(vila_u, request, picture(0))
+        for stream, other in zip(alone.streams, draft.streams, strict=True):
+            assert torch.equal(stream.state_S, other.state_S)
+
+
 def test_a_repeated_step_repeats_its_codes(vila_u: VilaUPipeline) -> None:
-    (draft,) = vila_u.advance([vila_u.begin(vila_u.recipe(REQUESTS[0]))])
+    (draft,) = vila_u.advance([fed(vila_u, REQUESTS[0])])
     first, second = vila_u.advance([draft])[0], vila_u.advance([draft])[0]
     assert torch.equal(first.codes_TD, second.codes_TD)
     assert draft.steps_done == 1
@@ -78,7 +97,7 @@ def test_guidance_changes_the_picture_and_one_means_a_single_row(vila_u: VilaUPi
 
 
 def test_the_picture_grows_row_by_row(vila_u: VilaUPipeline) -> None:
-    draft = vila_u.begin(vila_u.recipe(asked()))
+    draft = fed(vila_u, asked())
     assert float(vila_u.latent(draft).abs().sum()) == 0
     (half,) = vila_u.advance([draft])
     latent = vila_u.latent(half)
@@ -116,10 +135,10 @@ def test_a_fitted_picture_is_seen_as_the_large_one_is(vila_u: VilaUPipeline) -> 
 
 
 def test_a_picture_in_the_prompt_counts(vila_u: VilaUPipeline) -> None:
-    recipe = vila_u.recipe(asked(top_k=1, guidance_scale=1.0))
-    before = vila_u.begin(recipe, picture(0))
-    placed = vila_u.begin(replace(recipe, prompt="<image>\na red disc"), picture(0))
-    without = vila_u.begin(recipe)
+    plain = asked(top_k=1, guidance_scale=1.0)
+    before = fed(vila_u, plain, picture(0))
+    placed = fed(vila_u, replace(plain, prompt="<image>\na red disc"), picture(0))
+    without = fed(vila_u, plain)
     assert torch.equal(before.streams[0].state_S, placed.streams[0].state_S)
     assert before.streams[0].length == without.streams[0].length + 6  # a space, 4, a line end
     assert not torch.equal(before.streams[0].state_S, without.streams[0].state_S)
@@ -151,15 +170,15 @@ def test_the_step_batcher_runs_them(vila_u: VilaUPipeline) -> None:
     assert batcher.step() == len(REQUESTS)
     while batcher.step():
         pass
-    assert sorted(rows) == [1] * 5 + [2] * 5
+    assert sorted(rows) == [1] * 5 + [2] * 5  # nothing is told of a step that feeds prompts
     assert all(ticket.outcome.result().done for ticket in tickets)
 
 
 def test_memory_is_known_before_it_is_taken(vila_u: VilaUPipeline) -> None:
     for request in REQUESTS[:2]:
         recipe = vila_u.recipe(request)
-        assert drawing_bytes(vila_u, recipe) == vila_u.kv_bytes(vila_u.begin(recipe))
-        draft = vila_u.begin(recipe, picture(0))
+        assert drawing_bytes(vila_u, recipe) == vila_u.kv_bytes(fed(vila_u, request))
+        draft = fed(vila_u, request, picture(0))
         assert drawing_bytes(vila_u, recipe, shown=True) == vila_u.kv_bytes(draft)
 
 
@@ -200,8 +219,16 @@ def test_marks_of_the_model_are_not_words(vila_u: VilaUPipeline, prompt: str) ->
 
 
 def test_pictures_and_their_places_must_agree(vila_u: VilaUPipeline) -> None:
-    with pytest.raises(InvalidRequest, match="1 places for pictures, but 0"):
-        vila_u.begin(vila_u.recipe(asked("<image> in red")))
+    places = "<image> in red", "<image> and <image>"
+    for recipe, shown, words in (
+        (vila_u.recipe(asked(places[0])), None, "1 <image>, but 0 pictures .* leave <image> out"),
+        (vila_u.recipe(asked(places[1])), picture(0), "2 <image>, but 1 pictures"),
+        (vila_u.recipe(asked(places[0], keep=1)), picture(0), "1 <image>, but 0 pictures"),
+        (vila_u.video_recipe(asked(places[0])), None, "1 <image>, but 0 pictures"),
+    ):
+        with pytest.raises(InvalidRequest, match=words) as caught:
+            vila_u.begin(recipe, shown)
+        assert caught.value.field == "prompt"
     with pytest.raises(InvalidRequest, match="of which picture"):
         vila_u.begin(vila_u.recipe(asked(keep=1)))
     with pytest.raises(InvalidRequest, match="send RGB") as caught:
@@ -219,10 +246,10 @@ def test_a_model_without_videos_says_so(
 
 
 def test_numbers_that_are_none_are_noticed(vila_u: VilaUPipeline) -> None:
-    sick, sound = (vila_u.begin(vila_u.recipe(asked(seed=seed))) for seed in (0, 1))
+    sick, sound = (fed(vila_u, asked(seed=seed)) for seed in (0, 1))
     stream = sick.streams[0]._replace(state_S=torch.full((32,), torch.nan))
     with torch.inference_mode():
-        stream.cache.values_LHTe[:, :, : stream.length] = torch.nan
+        stream.cache.both_2LHTe[1, :, :, : stream.length] = torch.nan
     moved = vila_u.advance([replace(sick, streams=(stream, sick.streams[1])), sound])
     assert [draft.finite for draft in moved] == [False, True]
     assert torch.equal(moved[1].codes_TD, vila_u.advance([sound])[0].codes_TD)
@@ -233,14 +260,14 @@ def test_numbers_that_are_none_are_noticed(vila_u: VilaUPipeline) -> None:
 def test_numbers_that_are_not_finite_are_seen_wherever_they_arise(
     vila_u: VilaUPipeline, part: str
 ) -> None:
-    draft = vila_u.begin(vila_u.recipe(asked(guidance_scale=3.0)))
+    draft = fed(vila_u, asked(guidance_scale=3.0))
     bias_K = vila_u.model.depth_transformer.classifier.bias
     kept = bias_K[0].item()
     if part == "classifier":
         bias_K.data[0] = torch.nan
     else:
         with torch.inference_mode():
-            draft.streams[1].cache.values_LHTe[:] = torch.nan
+            draft.streams[1].cache.both_2LHTe[1] = torch.nan
     try:
         (moved,) = vila_u.advance([draft])
     finally:

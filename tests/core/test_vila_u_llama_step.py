@@ -51,7 +51,7 @@ def test_a_step_is_bit_for_bit_what_transformers_computes(
     assert short_way.float().std() > 0.1
     for one, other, length in zip(ours, theirs, LENGTHS, strict=True):
         assert torch.equal(
-            one.keys_LHTe[:, :, : length + tokens], other.keys_LHTe[:, :, : length + tokens]
+            one.both_2LHTe[..., : length + tokens, :], other.both_2LHTe[..., : length + tokens, :]
         )
 
 

@@ -8,12 +8,17 @@ from gesso_core.errors import InvalidRequest
 from gesso_core.pipelines.pictures import Pixels
 from gesso_core.pipelines.recipe import GenerationRequest
 from gesso_core.pipelines.vila_u import VilaUPipeline
-from gesso_core.pipelines.vila_u_draft import AnswerOptions, Utterance, Video
+from gesso_core.pipelines.vila_u_draft import AnswerOptions, DrawRecipe, Utterance, Video
 from gesso_core.pipelines.vila_u_room import answering_bytes, drawing_bytes, judging_bytes
 
 
 def picture(side: int = 20) -> Pixels:
     return np.full((side, side, 3), 90, dtype=np.uint8)
+
+
+def taken(pipeline: VilaUPipeline, recipe: DrawRecipe, *image: Pixels) -> int:
+    """What a drawing takes once its prompt is fed."""
+    return pipeline.kv_bytes(*pipeline.advance([pipeline.begin(recipe, *image)]))
 
 
 def wish(**changes: Any) -> GenerationRequest:
@@ -23,21 +28,21 @@ def wish(**changes: Any) -> GenerationRequest:
 @pytest.mark.parametrize("changes", [{}, {"guidance_scale": 1.0}, {"prompt": "a red disc " * 5}])
 def test_a_drawing_takes_what_was_told(vila_u: VilaUPipeline, changes: dict[str, Any]) -> None:
     recipe = vila_u.recipe(wish(**changes))
-    assert drawing_bytes(vila_u, recipe) == vila_u.kv_bytes(vila_u.begin(recipe))
+    assert drawing_bytes(vila_u, recipe) == taken(vila_u, recipe)
 
 
 def test_a_picture_in_the_prompt_counts_and_kept_rows_do_not(vila_u: VilaUPipeline) -> None:
     recipe, keeping = vila_u.recipe(wish()), vila_u.recipe(wish(keep=1))
-    shown = vila_u.kv_bytes(vila_u.begin(recipe, picture()))
+    shown = taken(vila_u, recipe, picture())
     told = drawing_bytes(vila_u, recipe, shown=True)
     assert shown <= told < 1.1 * shown  # the line end may melt into the next word
-    kept = vila_u.kv_bytes(vila_u.begin(keeping, picture()))
+    kept = taken(vila_u, keeping, picture())
     assert drawing_bytes(vila_u, keeping) == kept < shown
 
 
 def test_a_video_takes_what_was_told(vila_u: VilaUPipeline) -> None:
     recipe = vila_u.video_recipe(wish())
-    assert drawing_bytes(vila_u, recipe) == vila_u.kv_bytes(vila_u.begin(recipe))
+    assert drawing_bytes(vila_u, recipe) == taken(vila_u, recipe)
 
 
 def test_an_answer_takes_what_was_told(vila_u: VilaUPipeline) -> None:
@@ -45,7 +50,7 @@ def test_an_answer_takes_what_was_told(vila_u: VilaUPipeline) -> None:
     for parts in (("hello",), (picture(), "what is it?"), (picture(), frames, "what is it?")):
         said = [Utterance(role="user", parts=parts)]
         for options in (AnswerOptions(max_tokens=3), AnswerOptions(max_tokens=20)):
-            draft = vila_u.begin_answer(said, options)
+            (draft,) = vila_u.advance_answers([vila_u.begin_answer(said, options)])
             assert answering_bytes(vila_u, said, options) == vila_u.kv_bytes(draft)
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -31,7 +32,7 @@ SHORT_TIMES = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def anyio_backend() -> str:
     return "asyncio"
 
@@ -122,17 +123,29 @@ def tiny_hart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def autoencoder_spec(tiny_pipeline: Path, tiny_hart: Path, tiny_vila_u: Path) -> ServiceSpec:
+@pytest.fixture(scope="session")
+def new_autoencoder(
+    tiny_pipeline: Path, tiny_hart: Path, tiny_vila_u: Path
+) -> Callable[[], ServiceSpec]:
     """The autoencoder service with what the small models' latents are decoded by."""
-    folders = {"tiny": tiny_pipeline, "scales": tiny_hart, "seer": tiny_vila_u}
-    settings = autoencoder.AutoencoderSettings.for_service(
-        "autoencoder", models=(), folders=folders
-    )
-    return autoencoder.build_service(settings)
+
+    def build() -> ServiceSpec:
+        folders = {"tiny": tiny_pipeline, "scales": tiny_hart, "seer": tiny_vila_u}
+        settings = autoencoder.AutoencoderSettings.for_service(
+            "autoencoder", models=(), folders=folders
+        )
+        return autoencoder.build_service(settings)
+
+    return build
 
 
 @pytest.fixture
+def autoencoder_spec(new_autoencoder: Callable[[], ServiceSpec]) -> ServiceSpec:
+    """One such service, not started."""
+    return new_autoencoder()
+
+
+@pytest.fixture(scope="session")
 def autoregressive_spec(tiny_hart: Path, tiny_vila_u: Path) -> Callable[..., ServiceSpec]:
     """The autoregressive service with a HART named ``scales`` and a VILA-U named ``seer``."""
 
@@ -146,15 +159,56 @@ def autoregressive_spec(tiny_hart: Path, tiny_vila_u: Path) -> Callable[..., Ser
     return build
 
 
-@pytest.fixture
-async def token_services(
-    start_service: Callable[[ServiceSpec], Awaitable[ServiceHost]],
-    autoencoder_spec: ServiceSpec,
+@dataclass(frozen=True)
+class TokenStack:
+    """The two services behind a broker of their own: a replica, the book of jobs, and the bus as
+    the gateway sees it.
+    """
+
+    host: ServiceHost
+    store: JobStore
+    bus: Bus
+
+
+@pytest.fixture(scope="module")
+async def token_stack(
+    tmp_path_factory: pytest.TempPathFactory,
+    new_autoencoder: Callable[[], ServiceSpec],
     autoregressive_spec: Callable[..., ServiceSpec],
-) -> ServiceHost:
-    """The autoencoder and the autoregressive service; the replica of the latter."""
-    await start_service(autoencoder_spec)
-    return await start_service(autoregressive_spec())
+) -> AsyncIterator[TokenStack]:
+    """Started once for all tests of a file that leave it as it was."""
+    server, times = NatsServer(tmp_path_factory.mktemp("nats")), JobSettings(**SHORT_TIMES)
+    server.start()
+    async with AsyncExitStack() as running:
+        running.callback(server.stop)
+        admin = await Bus.connect("admin", server.bus_settings())
+        running.push_async_callback(admin.close)
+        await provision(admin, times)
+        for spec in (new_autoencoder(), autoregressive_spec()):
+            host = ServiceHost(spec, bus_settings=server.bus_settings(), job_settings=times)
+            running.push_async_callback(host.stop, 0.2)
+            await host.start()
+        bus = await Bus.connect("gateway", server.bus_settings())
+        running.push_async_callback(bus.close)
+        yield TokenStack(host, await JobStore.open(bus), bus)
+
+
+@pytest.fixture(scope="module")
+def token_services(token_stack: TokenStack) -> ServiceHost:
+    """The replica of the autoregressive service."""
+    return token_stack.host
+
+
+@pytest.fixture(scope="module")
+def token_store(token_stack: TokenStack) -> JobStore:
+    """The book of its jobs."""
+    return token_stack.store
+
+
+@pytest.fixture(scope="module")
+def token_bus(token_stack: TokenStack) -> Bus:
+    """Its bus as the gateway sees it."""
+    return token_stack.bus
 
 
 def module_of(file: Path) -> ModuleType:

@@ -25,6 +25,16 @@ MODELS = ("scales", "seer")
 ROWS = 4  # of the one, and scales of the other
 
 
+@pytest.fixture
+def store(token_store: JobStore) -> JobStore:
+    return token_store
+
+
+@pytest.fixture
+def gateway(token_bus: Bus) -> Bus:
+    return token_bus
+
+
 def wish(model: str = "scales", **changes: object) -> m.GenerateImage:
     plain = {"model": model, "prompt": "a red apple", "width": 64, "height": 64, "seed": 7}
     return m.GenerateImage(**(plain | changes))
@@ -76,9 +86,9 @@ async def test_the_seed_and_the_words_decide_the_picture(
 async def test_every_step_is_told_and_a_preview_comes_before_the_end(
     token_services: ServiceHost, store: JobStore, model: str
 ) -> None:
-    async with follow(store, "told", new=True) as events:
+    async with follow(store, f"told-{model}", new=True) as events:
         request = wish(model, preview_every=1)
-        await store.submit("autoregressive", "generate-image", request, job_id="told")
+        await store.submit("autoregressive", "generate-image", request, job_id=f"told-{model}")
         seen = [event async for event in events]
     steps = [event.step for event in seen if isinstance(event, JobProgress)]
     assert steps == list(range(1, ROWS + 1))
@@ -117,8 +127,9 @@ async def test_a_mixed_crowd_is_drawn_as_the_pipelines_draw_each_alone(
         )
         for i in range(10)
     ]
+    before = shared_steps(token_services.metrics.text())
     together = await asyncio.gather(*(drawn(store, gateway, request) for request in requests))
-    assert shared_steps(token_services.metrics.text()) > 0
+    assert shared_steps(token_services.metrics.text()) > before
     draw = {"scales": DrawPicture.load(tiny_hart), "seer": DrawPicture.load(tiny_vila_u)}
     for request, pixels in zip(requests, together, strict=True):
         fields = ("prompt", "width", "height", "seed", "guidance_scale", "top_k")
@@ -184,6 +195,7 @@ async def test_what_a_model_cannot_do_fails_with_the_field(
         (wish("scales", width=512, height=512), "invalid_request", "height"),
         (wish("scales", prompt="red " * 900), "invalid_request", "prompt"),
         (wish("seer", prompt="red " * 900), "invalid_request", "prompt"),
+        (wish("seer", prompt="<image> in red"), "invalid_request", "prompt"),
         (vary("scales", 0), "invalid_request", "keep"),
         (vary("scales", 4), "invalid_request", "keep"),
         (vary("seer", 4), "invalid_request", "keep"),

@@ -31,6 +31,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.broker]
 
 Start = Callable[[ServiceSpec], Awaitable[ServiceHost]]
 PIPELINES = {"scales": HartPipeline, "seer": VilaUPipeline}
+STEPS_TO_PROGRESS = {"scales": 1, "seer": 2}  # the first step of a VILA-U feeds the prompt
 
 
 class Gate:
@@ -93,14 +94,14 @@ async def pixels_of(state: JobState, bus: Bus) -> Pixels:
 
 @pytest.mark.parametrize("model", PIPELINES)
 async def test_a_picture_is_cancelled_between_steps_and_its_place_is_free(
-    token_services: ServiceHost, store: JobStore, gates: dict[str, Gate], model: str
+    token_services: ServiceHost, token_store: JobStore, gates: dict[str, Gate], model: str
 ) -> None:
-    async with follow(store, "long", new=True) as events:
-        await submit(store, wish(model), job_id="long")
-        gates[model].steps.release()
+    async with follow(token_store, f"long-{model}", new=True) as events:
+        await submit(token_store, wish(model), job_id=f"long-{model}")
+        gates[model].steps.release(STEPS_TO_PROGRESS[model])
         async for event in events:
             if isinstance(event, JobProgress):
-                await store.cancel("long")
+                await token_store.cancel(f"long-{model}")
                 await asyncio.sleep(0.1)  # the replica hears it while the next step waits
                 gates[model].steps.release()
                 break
@@ -108,22 +109,22 @@ async def test_a_picture_is_cancelled_between_steps_and_its_place_is_free(
     assert last.state.status == "cancelled"
     assert last.state.step <= 2
     gates[model].open()
-    job_id = await submit(store, wish(model))
-    assert (await wait_for(store, job_id, 20)).status == "succeeded"
+    job_id = await submit(token_store, wish(model))
+    assert (await wait_for(token_store, job_id, 20)).status == "succeeded"
     assert room_of(token_services).used == 0
 
 
 async def test_an_answer_is_cancelled_between_words(
-    token_services: ServiceHost, store: JobStore, monkeypatch: pytest.MonkeyPatch
+    token_services: ServiceHost, token_store: JobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = Gate()
     monkeypatch.setattr(Chat, "advance", gated(Chat.advance, gate))
-    async with follow(store, "talk", new=True) as events:
-        await submit(store, question("hello", max_tokens=64), job_id="talk")
-        gate.steps.release()
+    async with follow(token_store, "talk", new=True) as events:
+        await submit(token_store, question("hello", max_tokens=64), job_id="talk")
+        gate.steps.release(2)  # the conversation is fed, then the first words come
         async for event in events:
             if isinstance(event, JobText):
-                await store.cancel("talk")
+                await token_store.cancel("talk")
                 await asyncio.sleep(0.1)
                 gate.steps.release()
                 break
@@ -194,7 +195,7 @@ async def test_what_is_larger_than_the_whole_room_is_refused_and_the_rest_goes_o
 
 @pytest.mark.parametrize("model", PIPELINES)
 async def test_one_that_fits_into_no_memory_does_not_take_the_others_along(
-    token_services: ServiceHost, store: JobStore, monkeypatch: pytest.MonkeyPatch, model: str
+    token_services: ServiceHost, token_store: JobStore, monkeypatch: pytest.MonkeyPatch, model: str
 ) -> None:
     kind = PIPELINES[model]
     advance = kind.advance
@@ -205,8 +206,8 @@ async def test_one_that_fits_into_no_memory_does_not_take_the_others_along(
         return advance(pipeline, drafts)
 
     monkeypatch.setattr(kind, "advance", greedy)
-    ids = [await submit(store, wish(model, seed=seed)) for seed in range(6)]
-    states = [await wait_for(store, job_id, 20) for job_id in ids]
+    ids = [await submit(token_store, wish(model, seed=seed)) for seed in range(6)]
+    states = [await wait_for(token_store, job_id, 20) for job_id in ids]
     assert [state.status for state in states].count("succeeded") == 5
     problem = states[3].problem
     assert problem is not None
@@ -215,7 +216,7 @@ async def test_one_that_fits_into_no_memory_does_not_take_the_others_along(
 
 
 async def test_numbers_that_are_none_fail_that_picture_with_advice(
-    token_services: ServiceHost, store: JobStore, monkeypatch: pytest.MonkeyPatch
+    token_services: ServiceHost, token_store: JobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from dataclasses import replace
 
@@ -226,8 +227,8 @@ async def test_numbers_that_are_none_fail_that_picture_with_advice(
         return [replace(d, finite=d.recipe.seed != 1) for d in moved]
 
     monkeypatch.setattr(VilaUPipeline, "advance", broken)
-    ids = [await submit(store, wish("seer", seed=seed)) for seed in range(3)]
-    states = [await wait_for(store, job_id, 20) for job_id in ids]
+    ids = [await submit(token_store, wish("seer", seed=seed)) for seed in range(3)]
+    states = [await wait_for(token_store, job_id, 20) for job_id in ids]
     assert [state.status for state in states] == ["succeeded", "failed", "succeeded"]
     assert states[1].problem is not None
     assert states[1].problem.code == "not_finite"
@@ -235,15 +236,15 @@ async def test_numbers_that_are_none_fail_that_picture_with_advice(
 
 @pytest.mark.slow
 async def test_two_hundred_jobs_of_every_kind_all_come_out_and_leave_nothing_behind(
-    token_services: ServiceHost, store: JobStore
+    token_services: ServiceHost, token_store: JobStore
 ) -> None:
     def job(index: int) -> m.GenerateImage | c.AnswerTurn:
         if index % 3 == 2:
             return question(f"pear {index} " * (1 + index % 5), seed=index, temperature=1.0)
         return wish(("scales", "seer")[index % 2], seed=index, guidance_scale=1.0 + index % 4)
 
-    ids = [await submit(store, job(index)) for index in range(200)]
-    states = [await wait_for(store, job_id, 120) for job_id in ids]
+    ids = [await submit(token_store, job(index)) for index in range(200)]
+    states = [await wait_for(token_store, job_id, 120) for job_id in ids]
     assert {state.status for state in states} == {"succeeded"}
     assert (room_of(token_services).used, room_of(token_services).waiting) == (0, 0)
 

@@ -22,6 +22,16 @@ from gesso_services.runtime.service import ServiceHost
 pytestmark = [pytest.mark.anyio, pytest.mark.broker]
 
 
+@pytest.fixture
+def store(token_store: JobStore) -> JobStore:
+    return token_store
+
+
+@pytest.fixture
+def gateway(token_bus: Bus) -> Bus:
+    return token_bus
+
+
 def plain(red: int, green: int, blue: int, side: int = 48) -> Pixels:
     return np.full((side, side, 3), (red, green, blue), dtype=np.uint8)
 
@@ -169,6 +179,28 @@ async def test_what_cannot_be_judged_is_refused_with_the_field(
     blind = c.JudgeImages(model="scales", prompt="x", images=[image])
     with pytest.raises(InvalidRequest, match="ask a model that sees"):
         await call(gateway, "autoregressive", "judge", blind, c.ImagesJudged)
+
+
+async def test_a_prompt_is_checked_before_there_are_pictures_to_judge(
+    token_services: ServiceHost, gateway: Bus
+) -> None:
+    async def check(prompt: str, model: str = "seer") -> int:
+        request = c.CheckJudgement(model=model, prompt=prompt)
+        checked = await call(
+            gateway, "autoregressive", "check-judgement", request, c.JudgementChecked
+        )
+        return checked.tokens
+
+    assert 16 < await check("a red apple") < await check("a red apple on a table") < 256
+    for prompt, model, field, words in (
+        ("pear " * 300, "seer", "prompt", "takes 256: shorten the prompt"),
+        ("a <image>", "seer", "prompt", "mark of the model"),
+        ("...", "seer", "prompt", "empty"),
+        ("a pear", "scales", "model", "ask a model that sees"),
+    ):
+        with pytest.raises(InvalidRequest, match=words) as refused:
+            await check(prompt, model)
+        assert refused.value.field == field
 
 
 @pytest.mark.parametrize("video_format", ["mp4", "webp", "gif"])

@@ -76,7 +76,10 @@ class Advances(Protocol[D]):
     """What the batcher needs of a model."""
 
     def advance(self, drafts: Sequence[D]) -> list[D]:
-        """One step of every draft, in one forward of the network."""
+        """One step of every draft, in one forward of the network.
+
+        Some may have to wait for others, whose prompts come first; they are returned as they are.
+        """
         ...
 
 
@@ -133,9 +136,10 @@ class StepBatcher:
     ) -> Ticket[D]:
         """Let a draft in; it takes part from the next step on.
 
-        ``on_step`` gets the draft after every step, in the thread of ``step``; what it raises ends
-        this draft alone. ``is_withdrawn`` is asked before every step; when it says so, the draft
-        ends with `Cancelled` and its place is free.
+        ``on_step`` gets the draft after every step that it did, in the thread of ``step``, but not
+        when it waited for others or only its prompt was fed; what it raises ends this draft alone.
+        ``is_withdrawn`` is asked before every step; when it says so, the draft ends with
+        `Cancelled` and its place is free.
         """
         with self._lock:
             ticket = Ticket(ticket_id, model, draft, on_step, is_withdrawn, next(self._clock))
@@ -223,12 +227,13 @@ class StepBatcher:
             self._advance(tickets[half:])
 
     def _settle(self, ticket: Ticket[Any], draft: StepDraft) -> None:
+        moved = draft.steps_done != ticket.draft.steps_done
         ticket.draft = draft
         if not draft.finite:
             self._retire(ticket, NumericalError(draft.describe_failure("not finite")))
             return
         try:
-            if ticket.on_step is not None:
+            if moved and ticket.on_step is not None:
                 ticket.on_step(draft)
         except Exception as error:
             self._retire(ticket, error)

@@ -13,6 +13,7 @@ import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
+from time import monotonic
 from types import MappingProxyType
 from typing import Final, Literal, get_args
 
@@ -57,12 +58,15 @@ _DAMAGED: tuple[type[BaseException], ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class VideoLimits:
-    """The largest video that is looked at; ``pixels`` of one frame, ``total_pixels`` of all."""
+    """The largest video that is looked at; ``pixels`` of one frame, ``total_pixels`` of all, and
+    the ``seconds`` that reading it may take.
+    """
 
     data_bytes: int = 64 * 2**20
     pixels: int = 4096 * 2304
     frames: int = 3000
     total_pixels: int = 2**31
+    seconds: float = 30.0
 
 
 def encode_video(frames_THWC: Frames, video_format: str = "mp4", *, frames_per_s: int = 8) -> bytes:
@@ -93,7 +97,8 @@ def decode_video(data: bytes, most_frames: int, *, limits: VideoLimits | None = 
 
     A video with fewer frames gives all of them; a still picture is a video of one. A frame of
     another size than the first is stretched to that. Raises
-    InvalidRequest for other bytes, for a damaged video, and for one over ``limits``.
+    InvalidRequest for other bytes, for a damaged video, and for one over ``limits``. The time is
+    looked at between packets and between frames.
     """
     limits = limits or VideoLimits()
     if len(data) > limits.data_bytes:
@@ -101,9 +106,9 @@ def decode_video(data: bytes, most_frames: int, *, limits: VideoLimits | None = 
             f"the video has {len(data):,} bytes; at most {limits.data_bytes:,} are looked at: "
             "send a shorter or smaller one"
         )
-    reader = _reader(data)
+    reader, watch = _reader(data), _Watch(limits)
     try:
-        frames = list(reader(data, most_frames, limits))
+        frames = list(reader(data, most_frames, watch))
     except InvalidRequest:
         raise
     except _DAMAGED as error:
@@ -160,7 +165,38 @@ def _animation(frames_THWC: Frames, video_format: str, frames_per_s: int) -> byt
     return file.getvalue()
 
 
-def _reader(data: bytes) -> Callable[[bytes, int, VideoLimits], Iterator[Pixels]]:
+class _Watch:
+    """Refuses a video that turns out larger, or takes longer to read, than the limits allow."""
+
+    def __init__(self, limits: VideoLimits) -> None:
+        self.limits = limits
+        self._until = monotonic() + limits.seconds
+
+    def check_time(self) -> None:
+        """Is there time left?"""
+        if monotonic() > self._until:
+            raise _refused(
+                f"the video takes more than {self.limits.seconds:g} s to read; send a shorter or "
+                "smaller one"
+            )
+
+    def check(self, width: int, height: int, count: int) -> None:
+        """So many frames of that size: is there time left, and are they within the limits?"""
+        self.check_time()
+        limits, pixels = self.limits, width * height
+        if pixels > limits.pixels:
+            raise _refused(
+                f"the video is {width}x{height}, {pixels:,} pixels a frame; at most "
+                f"{limits.pixels:,} are looked at: send a smaller one"
+            )
+        if count > limits.frames or count * pixels > limits.total_pixels:
+            most = min(limits.frames, limits.total_pixels // max(1, pixels))
+            raise _refused(
+                f"the video has more than {most} frames of {width}x{height}; send a shorter one"
+            )
+
+
+def _reader(data: bytes) -> Callable[[bytes, int, _Watch], Iterator[Pixels]]:
     if data[:4] == b"GIF8" or (data[:4] == b"RIFF" and data[8:12] == b"WEBP"):
         return _read_animation
     if data[4:8] == b"ftyp":
@@ -170,22 +206,29 @@ def _reader(data: bytes) -> Callable[[bytes, int, VideoLimits], Iterator[Pixels]
     )
 
 
-def _read_mp4(data: bytes, most: int, limits: VideoLimits) -> Iterator[Pixels]:
+def _read_mp4(data: bytes, most: int, watch: _Watch) -> Iterator[Pixels]:
     # FFmpeg calls MP4 and its relatives "mov"; naming it keeps every other reader out.
     with av.open(BytesIO(data), "r", format="mov", options=dict(SEALED)) as container:
         size = _decoder(container)
-        _refuse_large(size.width, size.height, 1, limits)
+        watch.check(size.width, size.height, 1)
         count = 0
         for packet in container.demux(video=0):
             count += packet.size > 0
-            _refuse_large(size.width, size.height, count, limits)
+            watch.check(size.width, size.height, count)
     chosen = set(evenly(count, most))
     with av.open(BytesIO(data), "r", format="mov", options=dict(SEALED)) as container:
-        for index, frame in enumerate(container.decode(video=0)):
-            _refuse_large(frame.width, frame.height, 1, limits)  # it may change on the way
+        for index, frame in enumerate(_decoded(container, watch)):
+            watch.check(frame.width, frame.height, 1)  # it may change on the way
             if index in chosen:
                 pixels = frame.to_ndarray(format="rgb24")
                 yield np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
+
+
+def _decoded(container: InputContainer, watch: _Watch) -> Iterator[av.VideoFrame]:
+    """Every frame. Many packets may come without one, so the time is looked at before each."""
+    for packet in container.demux(video=0):
+        watch.check_time()
+        yield from packet.decode()
 
 
 def _decoder(container: InputContainer) -> VideoCodecContext:
@@ -199,38 +242,27 @@ def _decoder(container: InputContainer) -> VideoCodecContext:
     return decoder
 
 
-def _read_animation(data: bytes, most: int, limits: VideoLimits) -> Iterator[Pixels]:
+def _read_animation(data: bytes, most: int, watch: _Watch) -> Iterator[Pixels]:
     with Image.open(BytesIO(data), formats=("GIF", "WEBP")) as image:
-        count = _count(image, limits)
+        count = _count(image, watch)
     with Image.open(BytesIO(data), formats=("GIF", "WEBP")) as image:
-        for index in evenly(count, most):
+        chosen = evenly(count, most)
+        for index in range(chosen[-1] + 1):  # one by one, because that is how Pillow gets there
+            watch.check_time()
             image.seek(index)
-            yield np.asarray(rgb(image), dtype=np.uint8)
+            if index in chosen:
+                yield np.asarray(rgb(image), dtype=np.uint8)
 
 
-def _count(image: Image.Image, limits: VideoLimits) -> int:
+def _count(image: Image.Image, watch: _Watch) -> int:
     count = 0
     while True:
-        _refuse_large(image.width, image.height, count + 1, limits)
+        watch.check(image.width, image.height, count + 1)
         try:
             image.seek(count + 1)
         except EOFError:
             return count + 1
         count += 1
-
-
-def _refuse_large(width: int, height: int, count: int, limits: VideoLimits) -> None:
-    pixels = width * height
-    if pixels > limits.pixels:
-        raise _refused(
-            f"the video is {width}x{height}, {pixels:,} pixels a frame; at most {limits.pixels:,} "
-            "are looked at: send a smaller one"
-        )
-    if count > limits.frames or count * pixels > limits.total_pixels:
-        most = min(limits.frames, limits.total_pixels // max(1, pixels))
-        raise _refused(
-            f"the video has more than {most} frames of {width}x{height}; send a shorter one"
-        )
 
 
 def _refused(message: str) -> InvalidRequest:

@@ -19,10 +19,9 @@ from gesso_core.errors import InvalidRequest
 from gesso_core.models.vila_u.code_sampling import inverse_cdf, probabilities, uniforms
 from gesso_core.models.vila_u.drawing import Rows, draw_codes, next_states
 from gesso_core.models.vila_u.model import VilaU
-from gesso_core.models.vila_u.splice import Row
+from gesso_core.models.vila_u.splice import IMAGE_PLACEHOLDER, Picture, Row
 from gesso_core.models.vila_u.template import PLACEHOLDER
 from gesso_core.pipelines.denoiser import Identity
-from gesso_core.pipelines.memory import explained
 from gesso_core.pipelines.pictures import Pixels
 from gesso_core.pipelines.recipe import GenerationRequest
 from gesso_core.pipelines.vila_u_chat import Chat
@@ -33,9 +32,10 @@ from gesso_core.pipelines.vila_u_draft import (
     DrawRecipe,
     Stream,
     Utterance,
+    all_finite,
 )
 from gesso_core.pipelines.vila_u_judge import Judge
-from gesso_core.pipelines.vila_u_prompt import Prompter
+from gesso_core.pipelines.vila_u_prompt import Prompter, Unfed
 from gesso_core.pipelines.vila_u_recipe import draw_recipe
 from gesso_core.registry import ModelEntry
 from gesso_core.text.domain import Domain
@@ -75,7 +75,7 @@ class VilaUPipeline:
 
     @torch.inference_mode()
     def begin(self, recipe: DrawRecipe, image: Pixels | None = None) -> DrawDraft:
-        """Feed the prompt, and draw all random numbers.
+        """Read the prompt, and draw all random numbers; the first step feeds the prompt.
 
         Args:
             recipe: with ``keep``, the first rows of ``image`` are taken over and the rest is drawn.
@@ -85,17 +85,12 @@ class VilaUPipeline:
         row, kept_ND = self._prompt(recipe, image)
         positions = self.model.config.tokens * recipe.frames
         self.prompter.check_length(len(row), positions, "prompt")
-        with explained("the prompt", "shorten it, or use a smaller model"):
-            streams = [self.prompter.fill(row, positions)]
-            if recipe.guided:
-                streams.append(self.prompter.unconditional(positions, video=recipe.video))
-            streams = [self.prompter.feed_codes(stream, kept_ND) for stream in streams]
         depth = self.model.config.depth.depth
         codes_TD = torch.full((positions, depth), NOT_DRAWN)
         codes_TD[: len(kept_ND)] = kept_ND
         return DrawDraft(
             recipe=recipe,
-            streams=tuple(streams),
+            prompt=row,
             codes_TD=codes_TD,
             uniforms_TD=uniforms(recipe.seed, positions, depth),
             rows_done=recipe.keep or 0,
@@ -103,7 +98,39 @@ class VilaUPipeline:
 
     @torch.inference_mode()
     def advance(self, drafts: Sequence[DrawDraft]) -> list[DrawDraft]:
-        """One row of the grid of every draft."""
+        """One row of the grid of every draft.
+
+        Where prompts are still to be fed, a step feeds them all, and the others wait for it: so
+        those that came one after another draw together.
+        """
+        unfed = [b for b, draft in enumerate(drafts) if not draft.streams]
+        if not unfed:
+            return self._draw(drafts)
+        fed = dict(zip(unfed, self._feed([drafts[b] for b in unfed]), strict=True))
+        return [fed.get(b, draft) for b, draft in enumerate(drafts)]
+
+    def _feed(self, drafts: Sequence[DrawDraft]) -> list[DrawDraft]:
+        """The prompts of all drafts, and the rows that they keep of a given picture."""
+        rows = [self._unfed(draft) for draft in drafts]
+        streams = iter(self.prompter.fill([row for pair in rows for row in pair]))
+        fed = [tuple(next(streams) for _ in pair) for pair in rows]
+        return [
+            replace(draft, streams=pair, finite=all_finite([stream.state_S for stream in pair]))
+            for draft, pair in zip(drafts, fed, strict=True)
+        ]
+
+    def _unfed(self, draft: DrawDraft) -> list[Unfed]:
+        """The conditional row and, under guidance, the unconditional one."""
+        recipe, positions = draft.recipe, len(draft.codes_TD)
+        kept = Picture(codes_ND=draft.codes_TD[: draft.rows_done * self.model.config.tower.grid[1]])
+        keeps = self.prompter.row([IMAGE_PLACEHOLDER], [kept])
+        begun, rest = self.prompter.begun(draft.prompt, positions)
+        rows = [Unfed(begun, Row.joined([rest, keeps]))]
+        if recipe.guided:
+            rows.append(Unfed(self.prompter.unconditional(positions, video=recipe.video), keeps))
+        return rows
+
+    def _draw(self, drafts: Sequence[DrawDraft]) -> list[DrawDraft]:
         width = self.model.config.tower.grid[1]
         rows = Rows.of([draft.recipe.guided for draft in drafts], self.model.device)
         streams = [draft.streams[0] for draft in drafts]
@@ -163,9 +190,9 @@ class VilaUPipeline:
         return self.judging(pictures, prompt)
 
     def kv_bytes(self, draft: DrawDraft | AnswerDraft) -> int:
-        """Memory of a draft's keys and values, from its beginning to its end."""
+        """Memory of a draft's keys and values, from when its prompt is fed to its end."""
         streams = draft.streams if isinstance(draft, DrawDraft) else (draft.stream,)
-        return sum(stream.cache.bytes for stream in streams)
+        return sum(stream.cache.bytes for stream in streams if stream is not None)
 
     def kv_bytes_needed(
         self, prompt_tokens: int, drawn_tokens: int, *, guided: bool = False
@@ -180,6 +207,7 @@ class VilaUPipeline:
         """The conditional prompt, and the codes (N, D) that are taken over from the picture."""
         pictures = self.prompter.encode([] if image is None else [image])
         nothing_ND = torch.empty(0, self.model.config.depth.depth, dtype=torch.int64)
+        _check_places(recipe, len(pictures))
         text = recipe.prompt.replace(PLACEHOLDER, "")
         self.prompter.check_words(text, "prompt")
         if recipe.keep is not None:
@@ -195,6 +223,17 @@ class VilaUPipeline:
             prompt = f"{PLACEHOLDER}\n{prompt}"
         ids = self.prompter.picture_ids(prompt, video=recipe.video)
         return self.prompter.row(ids, pictures), nothing_ND
+
+
+def _check_places(recipe: DrawRecipe, pictures: int) -> None:
+    """``<image>`` in a prompt stands for a picture that is looked at, not for one that is kept."""
+    places, shown = recipe.prompt.count(PLACEHOLDER), 0 if recipe.keep is not None else pictures
+    if places > shown:
+        raise InvalidRequest(
+            f"the prompt has {places} {PLACEHOLDER}, but {shown} pictures are given to look at; "
+            f"leave {PLACEHOLDER} out, or send the picture that it stands for, with keep 0",
+            field="prompt",
+        )
 
 
 class _Draws:

@@ -17,13 +17,13 @@ from gesso_core.errors import InvalidRequest
 from gesso_core.models.vila_u.code_sampling import inverse_cdf, top_p_filter
 from gesso_core.models.vila_u.model import VilaU
 from gesso_core.models.vila_u.rows import padded_rows
-from gesso_core.pipelines.memory import explained
 from gesso_core.pipelines.vila_u_draft import (
     AnswerDraft,
     AnswerOptions,
     FinishReason,
     Stream,
     Utterance,
+    all_finite,
 )
 from gesso_core.pipelines.vila_u_prompt import Prompter
 
@@ -41,33 +41,58 @@ class Chat:
         ends = {tokenizer.eos_token_id, config.im_start, config.vi_start}
         self.ends = frozenset(token for token in ends if token is not None)
 
-    @torch.inference_mode()
     def begin(self, conversation: Sequence[Utterance], options: AnswerOptions) -> AnswerDraft:
-        """Feed a conversation, and draw all random numbers.
+        """Read a conversation, and draw all random numbers; the first step feeds the conversation.
 
         Raises:
             InvalidRequest: an option out of range, or a conversation that the model cannot read.
         """
         _check(options)
-        row = self.prompter.conversation(conversation)
-        self.prompter.check_length(len(row), options.max_tokens, "messages")
-        with explained("the conversation", "send a shorter one"):
-            stream = self.prompter.fill(row, options.max_tokens)
+        config = self.model.config
+        prompt = self.prompter.prompt(conversation)
+        prompt_tokens = len(prompt.ids) + len(prompt.signals) * (config.tokens - 1)
+        self.prompter.check_length(prompt_tokens, options.max_tokens, "messages")
         generator = Generator().manual_seed(options.seed)
         return AnswerDraft(
             options=options,
-            stream=stream,
+            prompt=prompt,
             uniforms_M=torch.rand(options.max_tokens, generator=generator, dtype=torch.float64),
-            prompt_tokens=len(row),
-            pixels=self.model.config.tower.image_size**2,
+            prompt_tokens=prompt_tokens,
+            pixels=config.tower.image_size**2,
         )
 
     @torch.inference_mode()
     def advance(self, drafts: Sequence[AnswerDraft]) -> list[AnswerDraft]:
-        """A few tokens of every answer; one that ends leaves the others to go on."""
+        """A few tokens of every answer; one that ends leaves the others to go on.
+
+        Where conversations are still to be fed, a step feeds them all, and the others wait for it:
+        so those that came one after another are answered together.
+        """
+        unfed = [b for b, draft in enumerate(drafts) if draft.prompt is not None]
+        if not unfed:
+            return self._write(drafts)
+        fed = dict(zip(unfed, self._fed([drafts[b] for b in unfed]), strict=True))
+        return [fed.get(b, draft) for b, draft in enumerate(drafts)]
+
+    def _fed(self, drafts: Sequence[AnswerDraft]) -> list[AnswerDraft]:
+        """Drafts with their conversations behind them."""
+        rows = self.prompter.rows([draft.prompt for draft in drafts if draft.prompt is not None])
+        streams = self.prompter.fill(
+            [
+                self.prompter.begun(row, draft.options.max_tokens)
+                for row, draft in zip(rows, drafts, strict=True)
+            ]
+        )
+        return [
+            replace(draft, prompt=None, stream=stream, finite=all_finite([stream.state_S]))
+            for draft, stream in zip(drafts, streams, strict=True)
+        ]
+
+    def _write(self, drafts: Sequence[AnswerDraft]) -> list[AnswerDraft]:
         going = list(range(len(drafts)))
         written = [list(draft.ids) for draft in drafts]
-        streams = [draft.stream for draft in drafts]
+        streams = [draft.stream for draft in drafts if draft.stream is not None]
+        assert len(streams) == len(drafts)
         reasons: list[FinishReason | None] = [draft.finish_reason for draft in drafts]
         for _ in range(TOKENS_PER_STEP):
             going = [b for b in going if reasons[b] is None]

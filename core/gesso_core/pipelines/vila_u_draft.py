@@ -1,15 +1,19 @@
 """Pictures, videos and answers on their way through a VILA-U, each one immutable value."""
 
 # T visual tokens of all frames   D codes of a visual token   S width of the states
+# P side of a picture as the tower sees it
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from gesso_core.models.vila_u.rows import RowCache
+from gesso_core.models.vila_u.splice import Row
 from gesso_core.pipelines.pictures import Pixels
 from gesso_core.pipelines.step_batcher import Failure
 
@@ -80,6 +84,13 @@ class DrawRecipe:
         return self.guidance_scale != 1.0
 
 
+class Prompt(NamedTuple):
+    """Token ids with places for pictures, and the pictures as the tower sees them, (3, P, P)."""
+
+    ids: tuple[int, ...]
+    signals: tuple[Tensor, ...] = ()
+
+
 class Stream(NamedTuple):
     """One row of the language model: its memory, how much of it is filled, its newest state."""
 
@@ -92,16 +103,18 @@ class Stream(NamedTuple):
 class DrawDraft:
     """A picture or a video between two rows of its grid.
 
-    ``streams`` are the conditional one and, under guidance, the unconditional one. ``codes_TD`` has
-    all codes, -1 where none was drawn yet, ``uniforms_TD`` all random numbers from the start, so
-    that a repeated step repeats its draws.
+    ``prompt`` is what is to be fed before the first row is drawn; then there are ``streams``: the
+    conditional one and, under guidance, the unconditional one. ``codes_TD`` has all codes, -1 where
+    none was drawn yet, ``uniforms_TD`` all random numbers from the start, so that a repeated step
+    repeats its draws.
     """
 
     recipe: DrawRecipe
-    streams: tuple[Stream, ...]
+    prompt: Row
     codes_TD: Tensor
     uniforms_TD: Tensor
     rows_done: int
+    streams: tuple[Stream, ...] = ()
     finite: bool = True
 
     @property
@@ -137,6 +150,11 @@ class DrawDraft:
 
     def describe_failure(self, failure: Failure) -> str:
         """What a person can do about a step that failed."""
+        if failure == "out of memory" and not self.streams:
+            return (
+                "this prompt does not fit into memory even alone; "
+                "shorten it, or use a smaller model"
+            )
         if failure == "out of memory":
             return (
                 "one row of this picture does not fit into memory even alone; "
@@ -150,12 +168,17 @@ class DrawDraft:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AnswerDraft:
-    """An answer between two steps of a few tokens; ``text`` is what can be shown of it so far."""
+    """An answer between two steps of a few tokens; ``text`` is what can be shown of it so far.
+
+    ``prompt`` is what is to be fed before the first word; then it is gone, and there is a
+    ``stream``.
+    """
 
     options: AnswerOptions
-    stream: Stream
+    prompt: Prompt | None
     uniforms_M: Tensor
     prompt_tokens: int
+    stream: Stream | None = None
     ids: tuple[int, ...] = ()
     text: str = ""
     finish_reason: FinishReason | None = None
@@ -205,3 +228,8 @@ class AnswerDraft:
             f"the states became NaN or infinite at token {len(self.ids)}; "
             "check that the weights run in the precision they were made for"
         )
+
+
+def all_finite(states: Sequence[Tensor]) -> bool:
+    """Whether no number of any of these is NaN or infinite."""
+    return bool(torch.stack(list(states)).isfinite().all())

@@ -34,10 +34,13 @@ BATCH: Final = 32
 
 
 class Question(NamedTuple):
-    """What the model reads: the question, and how many tokens at its end are the caption."""
+    """What the model reads: the question, how many tokens at its end are the caption, and how many
+    there are in all once the picture stands in its place.
+    """
 
     ids: list[int]
     caption_tokens: int
+    tokens: int
 
 
 class Judge:
@@ -55,13 +58,13 @@ class Judge:
             InvalidRequest: no prompt, one over the context, or a picture that is none.
         """
         question = self.question(prompt)
-        self.prompter.check_length(len(question.ids) - 1 + self.model.config.tokens, 0, "prompt")
         scores: list[float] = []
         for start in range(0, len(pictures), BATCH):
             coded = self.prompter.encode(pictures[start : start + BATCH])
             with explained("these pictures", "send fewer at once"):
                 rows = [self.prompter.row(question.ids, [picture]) for picture in coded]
-                _, states_BLS = self.prompter.feed(rows, 0)
+                fed = self.prompter.feed([self.prompter.begun(row, 0) for row in rows])
+                states_BLS = torch.stack(fed)  # of one length, as the question is the same
                 if question.caption_tokens:
                     scores += self._likelihood(states_BLS, question)
                 else:
@@ -69,7 +72,11 @@ class Judge:
         return scores
 
     def question(self, prompt: str) -> Question:
-        """The tokens about each picture, whose place is one of them."""
+        """The tokens about each picture, whose place is one of them.
+
+        Raises:
+            InvalidRequest: no prompt, one with a mark of the model, or one over the context.
+        """
         caption = prompt.strip().rstrip(".?!")
         if not caption:
             raise InvalidRequest("the prompt is empty; say what was asked for", field="prompt")
@@ -78,10 +85,22 @@ class Judge:
         asked = CAPTION_QUESTION if by_caption else JUDGE_QUESTION.format(caption=caption)
         turn = Turn(role="user", text=f"{PLACEHOLDER}\n{asked}")
         ids = tokenize(self.tokenizer, conversation_text(self.prompter.template, [turn]))
-        if not by_caption:
-            return Question(ids, 0)
-        said: list[int] = self.tokenizer.encode(f" {caption}", add_special_tokens=False)
-        return Question(ids + said, len(said))
+        said: list[int] = []
+        if by_caption:
+            said = self.tokenizer.encode(f" {caption}", add_special_tokens=False)
+        tokens = len(ids) + len(said) - 1 + self.model.config.tokens
+        self._check_length(tokens)
+        return Question(ids + said, len(said), tokens)
+
+    def _check_length(self, tokens: int) -> None:
+        context = self.model.config.context
+        if tokens > context:
+            raise InvalidRequest(
+                f"the prompt, a picture and the question about it have {tokens} tokens together; "
+                f"the model that judges takes {context}: shorten the prompt by at least "
+                f"{tokens - context} tokens",
+                field="prompt",
+            )
 
     def _assent(self, states_BS: Tensor) -> list[float]:
         """P(yes) / (P(yes) + P(no))."""

@@ -2,14 +2,17 @@
 
 Every prompt begins like every other one: with the template's first words. Their keys and values are
 computed once per model and copied into each row, and so are those of the unconditional prompt.
+Prompts of any lengths are fed together, and so are pictures to the tower; none changes another's.
 """
 
 # N visual tokens of a picture   D codes of a visual token   S width of the states
+# t tokens that are fed to a row   P side of a picture as the tower sees it
 
+import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -18,8 +21,8 @@ from torch import Tensor
 from gesso_core.errors import InvalidRequest
 from gesso_core.models.vila_u.config import SPECIAL_TOKENS
 from gesso_core.models.vila_u.model import VilaU
-from gesso_core.models.vila_u.rows import RowCache
-from gesso_core.models.vila_u.splice import Picture, Row, pad_rows, splice
+from gesso_core.models.vila_u.rows import spare_rows
+from gesso_core.models.vila_u.splice import Picture, Row, splice
 from gesso_core.models.vila_u.template import (
     PLACEHOLDER,
     Template,
@@ -31,7 +34,18 @@ from gesso_core.models.vila_u.template import (
 )
 from gesso_core.models.vila_u.vision_tower import preprocess
 from gesso_core.pipelines.pictures import Pixels, stretched
-from gesso_core.pipelines.vila_u_draft import Part, Stream, Utterance, Video
+from gesso_core.pipelines.vila_u_draft import Part, Prompt, Stream, Utterance, Video
+
+# What shares one forward; a longer prompt goes alone.
+PICTURES_TOGETHER: Final = 32
+TOKENS_TOGETHER: Final = 4096
+
+
+class Unfed(NamedTuple):
+    """A row of the language model, and what is still to be fed to it."""
+
+    begun: Stream
+    rest: Row
 
 
 class Prompter:
@@ -50,10 +64,20 @@ class Prompter:
         text = conversation_text(self.template, picture_prompt(prompt))
         return tokenize(self.tokenizer, f"{text} {'<vi_start>' if video else '<im_start>'}")
 
+    def prompt(self, utterances: Sequence[Utterance]) -> Prompt:
+        """A conversation, ready to be fed; nothing has been through the model. See `read`."""
+        ids, pictures = self.read(utterances)
+        return Prompt(tuple(ids), tuple(self.signal(picture) for picture in pictures))
+
     def conversation(self, utterances: Sequence[Utterance]) -> Row:
         """A conversation with its pictures as one row that asks for the next answer; see `read`."""
-        ids, pictures = self.read(utterances)
-        return self.row(ids, self.encode(pictures))
+        (row,) = self.rows([self.prompt(utterances)])
+        return row
+
+    def rows(self, prompts: Sequence[Prompt]) -> list[Row]:
+        """Conversations with their pictures as codes; all pictures are encoded together."""
+        coded = iter(self.codes([signal for prompt in prompts for signal in prompt.signals]))
+        return [self.row(prompt.ids, [next(coded) for _ in prompt.signals]) for prompt in prompts]
 
     def read(self, utterances: Sequence[Utterance]) -> tuple[list[int], list[Pixels]]:
         """Token ids of a conversation with places for its pictures, and the pictures.
@@ -88,14 +112,29 @@ class Prompter:
         return stretched(pixels_HWC, side, side)
 
     def encode(self, pictures: Sequence[Pixels]) -> list[Picture]:
-        """Codes of pictures of any size; each is encoded alone, so that none changes another's."""
+        """Codes of pictures of any size."""
+        return self.codes([self.signal(picture) for picture in pictures])
+
+    def signal(self, pixels_HWC: Pixels) -> Tensor:
+        """A picture of any size as numbers for the tower, (3, P, P) on the CPU."""
+        return preprocess(pixels_HWC, self.config.tower.image_size)
+
+    def codes(self, signals_3PP: Sequence[Tensor]) -> list[Picture]:
+        """Codes of pictures, encoded together where that changes none of them."""
         tower, device = self.model.tower, self.model.device
         dtype = next(tower.parameters()).dtype
-        coded = []
-        for pixels_HWC in pictures:
-            signal = preprocess(pixels_HWC, tower.config.image_size).to(device, dtype)
-            codes_BhwD = tower.encode(signal[None]).codes_BhwD
-            coded.append(Picture(codes_ND=codes_BhwD.flatten(1, 2)[0].cpu()))
+        together = PICTURES_TOGETHER
+        cells = (
+            math.prod(shape[:2])
+            for shape in (self.config.tower.latent_shape, tower.config.code_shape)
+        )
+        if device.type == "cpu" and any(spare_rows(count) for count in cells):
+            together = 1
+        coded: list[Picture] = []
+        for start in range(0, len(signals_3PP), together):
+            signals_B3PP = torch.stack(list(signals_3PP[start : start + together]))
+            codes_BhwD = tower.encode(signals_B3PP.to(device, dtype)).codes_BhwD.cpu()
+            coded += [Picture(codes_ND=codes_ND) for codes_ND in codes_BhwD.flatten(1, 2)]
         return coded
 
     def check_words(self, text: str, field: str) -> None:
@@ -117,44 +156,52 @@ class Prompter:
                 field=field,
             )
 
-    def fill(self, row: Row, more: int) -> Stream:
-        """Feed a prompt, with room for ``more`` tokens behind it."""
-        (cache,), states_1LS = self.feed([row], more)
-        return Stream(cache, len(row), states_1LS[0, -1])
-
-    def feed(self, rows: Sequence[Row], more: int) -> tuple[list[RowCache], Tensor]:
-        """Feed prompts of one length together: their caches, and the states (B, L', S).
-
-        States are those behind what all prompts of the model have in common.
-        """
-        shared = min(self._shared_with_head(row) for row in rows)
+    def begun(self, row: Row, more: int) -> Unfed:
+        """What there is of a prompt's row before it is fed, with room for ``more`` behind it."""
         _, head = self._head_stream()
-        batch = pad_rows(rows).to(self.model.device)
-        embeddings_BLS = self.model.embed(batch)[:, shared:]
-        caches = [
-            self.model.rows.new_cache(len(row) + more, embeddings_BLS, head.cache, shared)
-            for row in rows
-        ]
-        return caches, self.model.rows(embeddings_BLS, caches, [shared] * len(rows))
+        shared = self._shared_with_head(row)
+        cache = self.model.rows.new_cache(len(row) + more, head.state_S, head.cache, shared)
+        return Unfed(Stream(cache, shared, head.state_S), row.part(shared))
 
     def unconditional(self, more: int, *, video: bool = False) -> Stream:
         """The prompt that asks for any picture, copied from the first time it was fed."""
         with self._lock:
             kept = self._unconditional.get(video)
         if kept is None:
-            kept = self.fill(self.row(self.picture_ids("", video=video), []), 0)
+            row = self.row(self.picture_ids("", video=video), [])
+            (kept,) = self.fill([self.begun(row, 0)])
             with self._lock:
                 self._unconditional[video] = kept
         cache = self.model.rows.new_cache(kept.length + more, kept.state_S, kept.cache, kept.length)
         return Stream(cache, kept.length, kept.state_S)
 
-    def feed_codes(self, stream: Stream, codes_ND: Tensor) -> Stream:
-        """Continue a row with visual tokens that are given."""
-        if not len(codes_ND):
-            return stream
-        embeddings_NS = self.model.embed_codes(codes_ND.to(self.model.device))
-        states_1NS = self.model.rows(embeddings_NS[None], [stream.cache], [stream.length])
-        return Stream(stream.cache, stream.length + len(codes_ND), states_1NS[0, -1])
+    def fill(self, rows: Sequence[Unfed]) -> list[Stream]:
+        """Feed to every row what is left for it; a row with nothing left stays as it is."""
+        hungry = [row for row in rows if len(row.rest)]
+        states = iter(self.feed(hungry))
+        return [
+            Stream(begun.cache, begun.length + len(rest), next(states)[-1].clone())
+            if len(rest)
+            else begun
+            for begun, rest in rows
+        ]
+
+    def feed(self, rows: Sequence[Unfed]) -> list[Tensor]:
+        """Feed rows together, as many at once as memory is likely to bear.
+
+        Returns (t, S) for each: the states of the tokens that were fed.
+        """
+        states: list[Tensor] = []
+        for portion in _portions(rows):
+            counts = [len(row.rest) for row in portion]
+            states_NS = self.model.rows.together(
+                self.model.embed_row(Row.joined([row.rest for row in portion])),
+                [row.begun.cache for row in portion],
+                [row.begun.length for row in portion],
+                counts,
+            )
+            states += states_NS.split_with_sizes(counts)
+        return states
 
     def _head_stream(self) -> tuple[list[int], Stream]:
         with self._lock:
@@ -209,6 +256,18 @@ class Prompter:
                 "a system message comes first, once, and holds text only", field="messages"
             )
         return replace(template, system=text, system_sha256=None)
+
+
+def _portions(rows: Sequence[Unfed]) -> Iterator[list[Unfed]]:
+    """Rows in their order, at most so many tokens at a time unless one row alone has more."""
+    portion: list[Unfed] = []
+    for row in rows:
+        if portion and sum(len(one.rest) for one in (*portion, row)) > TOKENS_TOGETHER:
+            yield portion
+            portion = []
+        portion.append(row)
+    if portion:
+        yield portion
 
 
 def _reserved_words(tokenizer: Any) -> tuple[str, ...]:

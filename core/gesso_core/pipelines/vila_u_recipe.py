@@ -2,7 +2,14 @@
 
 from gesso_core.errors import InvalidRequest
 from gesso_core.models.vila_u.config import VilaUConfig
-from gesso_core.pipelines.recipe import MAX_GUIDANCE, GenerationRequest, check_size
+from gesso_core.pipelines.recipe import (
+    GenerationRequest,
+    check_prompt,
+    check_seed,
+    check_size,
+    chosen_guidance,
+    refuse_denoising_options,
+)
 from gesso_core.pipelines.vila_u_draft import DrawRecipe
 from gesso_core.registry import ModelEntry
 
@@ -17,15 +24,15 @@ def draw_recipe(
     Raises:
         InvalidRequest: naming the first field that this model refuses.
     """
-    _refuse_foreign_options(request, entry)
+    refuse_denoising_options(request, entry, "token by token")
     if video and not config.video_frames:
         raise InvalidRequest(
             f"{entry.name} draws pictures, no videos; ask for a picture, or use another model",
             field="model",
         )
-    if not request.prompt.strip():
-        raise InvalidRequest("the prompt is empty; say what to draw", field="prompt")
+    check_prompt(request)
     check_size(entry, request.height, request.width)
+    check_seed(request)
     frames, (height, width) = config.video_frames if video else 1, config.tower.decoded_size
     return DrawRecipe(
         model=entry.name,
@@ -34,46 +41,15 @@ def draw_recipe(
         height=request.height,
         model_size=(height, width),
         latent_shape=(config.tower.width, *config.tower.grid),
-        seed=_seed(request),
+        seed=request.seed,
         steps=config.tower.grid[0] * frames,
-        guidance_scale=_guidance_scale(request, entry),
+        guidance_scale=chosen_guidance(request, entry),
         top_k=_top_k(request, config.depth.codebook),
         top_p=_top_p(request),
         keep=_keep(request, config, video),
         frames=frames,
         video=video,
     )
-
-
-def _refuse_foreign_options(request: GenerationRequest, entry: ModelEntry) -> None:
-    given = {
-        "negative_prompt": bool(request.negative_prompt),
-        "steps": request.steps is not None,
-        "sampler": request.sampler not in (None, entry.sampler),
-        "loras": bool(request.loras),
-    }
-    for field, is_given in given.items():
-        if is_given:
-            raise InvalidRequest(
-                f"{entry.name} draws token by token and has no use for {field}; leave it out",
-                field=field,
-            )
-
-
-def _seed(request: GenerationRequest) -> int:
-    if not 0 <= request.seed < 2**63:
-        raise InvalidRequest(f"seed {request.seed} is not in 0..2^63-1", field="seed")
-    return request.seed
-
-
-def _guidance_scale(request: GenerationRequest, entry: ModelEntry) -> float:
-    scale = entry.guidance_scale if request.guidance_scale is None else request.guidance_scale
-    if not 0 <= scale <= MAX_GUIDANCE:
-        raise InvalidRequest(
-            f"guidance scale {scale}; allowed are 0 to {MAX_GUIDANCE:g}, where 1 means no guidance",
-            field="guidance_scale",
-        )
-    return float(scale)
 
 
 def _top_k(request: GenerationRequest, codebook: int) -> int:

@@ -38,5 +38,4 @@ def judging_bytes(pipeline: VilaUPipeline, pictures: int, prompt: str) -> int:
     Raises:
         InvalidRequest: a prompt that the model cannot read.
     """
-    tokens = len(pipeline.judging.question(prompt).ids) - 1 + pipeline.model.config.tokens
-    return pictures * pipeline.kv_bytes_needed(tokens, 0)
+    return pictures * pipeline.kv_bytes_needed(pipeline.judging.question(prompt).tokens, 0)

@@ -3,6 +3,7 @@
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from gesso_core.errors import InvalidRequest
 from gesso_core.hub.store import SHIPPED_LORAS
 from gesso_core.lora.library import LoraUse
 from gesso_core.pipelines.draw import DrawPicture, family_of
-from gesso_core.pipelines.pictures import decode_picture, encode_picture
+from gesso_core.pipelines.pictures import Pixels, decode_picture, encode_picture
 from gesso_core.pipelines.recipe import GenerationRequest
 from gesso_core.pipelines.text_to_image import Picture as Made
 from gesso_core.pipelines.text_to_image import PictureStep, TextToImage
@@ -25,6 +26,7 @@ from gesso_services.gateway.schemas import pixels_of
 DEFAULT_MODEL, DEFAULT_VARYING = "sana-tiny", "hart-tiny"
 MADE = ("model", "revision", "weights_sha256", "sampler", "steps", "guidance_scale", "in_domain")
 Tell = Callable[[Progress], None]
+Judge = Callable[[Sequence[Pixels]], list[float]]
 
 
 def generate_here(
@@ -41,9 +43,10 @@ def generate_here(
     wish = {name: options[name] for name in names}
     count = _count(options)
     requests = _requests(prompt, options, entry, count, loras=loras, **wish)
+    judge = None if options["best_of"] is None else _judge_of(prompt, options["judge"])
     made = pipeline(*requests, on_step=_told(on_progress))
-    if options["best_of"] is not None:
-        return _best(made, prompt, options)
+    if judge is not None:
+        return _best(made, judge, options)
     return [_picture(one, options) for one in made]
 
 
@@ -104,11 +107,17 @@ def _told(on_progress: Tell) -> Callable[[PictureStep], None]:
     return told
 
 
-def _best(made: Sequence[Made], prompt: str, options: dict[str, Any]) -> list[Picture]:
-    """The best ones by the scores of a model that sees."""
+def _judge_of(prompt: str, name: str | None) -> Judge:
+    """Scores by a model that sees, which is asked before anything is drawn whether it can."""
     from gesso_services.cli.local_seeing import load_seeing
 
-    scores = load_seeing(options["judge"]).judge([one.pixels_HWC for one in made], prompt)
+    model = load_seeing(name)
+    model.judging.question(prompt)
+    return partial(model.judge, prompt=prompt)
+
+
+def _best(made: Sequence[Made], judge: Judge, options: dict[str, Any]) -> list[Picture]:
+    scores = judge([one.pixels_HWC for one in made])
     ranked = sorted(range(len(made)), key=lambda index: -scores[index])
     return [_picture(made[index], options, scores[index]) for index in ranked[: options["n"]]]
 

@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import Annotated
 
 from fastapi import Depends, Request
@@ -24,6 +24,7 @@ class Admission:
         self.fabric = fabric
         self._open: Counter[str] = Counter()
         self._depths: dict[str, tuple[float, int]] = {}
+        self._held: Counter[str] = Counter()
         self._gauge = Gauge(
             "gesso_queue_depth", "Jobs that wait or run.", ["service"], registry=registry
         )
@@ -44,7 +45,16 @@ class Admission:
 
     async def admit(self, service: str, jobs: int = 1) -> None:
         """Let ``jobs`` more into the queue of ``service``, or refuse with 429."""
-        waiting, most = await self.depth(service), self.fabric.settings.max_queue_depth
+        async with self.admitted(service, jobs):
+            pass
+
+    @asynccontextmanager
+    async def admitted(self, service: str, jobs: int = 1) -> AsyncIterator[None]:
+        """The same, with the places held while what comes along is looked at; where that raises,
+        they are free again.
+        """
+        waiting = await self.depth(service) + self._held[service]
+        most = self.fabric.settings.max_queue_depth
         if waiting + jobs > most:
             raise EdgeError(
                 429,
@@ -53,6 +63,11 @@ class Admission:
                 "try again when some are done",
                 headers={"Retry-After": "5"},
             )
+        self._held[service] += jobs
+        try:
+            yield
+        finally:
+            self._held[service] -= jobs
         measured_at, depth = self._depths[service]
         self._depths[service] = (measured_at, depth + jobs)
 

@@ -3,10 +3,17 @@
 The judge says for each picture how probable it is that the picture shows what the prompt asks for.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
 
-from gesso_contracts import ImageReady, ImagesJudged, JudgeImages
-from gesso_core.errors import InvalidRequest
+from gesso_contracts import (
+    CheckJudgement,
+    ImageReady,
+    ImagesJudged,
+    JudgeImages,
+    JudgementChecked,
+)
+from gesso_core.errors import InvalidRequest, Unavailable
 
 from gesso_services.gateway.catalog import Catalog, Served
 from gesso_services.gateway.fabric import Fabric
@@ -48,8 +55,8 @@ class Contest:
         ]
 
 
-async def contest_of(body: ImageRequest, models: Catalog) -> Contest | None:
-    """The contest that ``body`` asks for, if any."""
+async def contest_of(body: ImageRequest, models: Catalog, fabric: Fabric) -> Contest | None:
+    """The contest that ``body`` asks for, if any; InvalidRequest for one that nobody can judge."""
     if body.best_of is None:
         if body.judge is not None:
             raise InvalidRequest(
@@ -65,7 +72,24 @@ async def contest_of(body: ImageRequest, models: Catalog) -> Contest | None:
             field="best_of",
         )
     judge_of = await models.find("judge", body.judge, field="judge")
+    await check_prompt(fabric, judge_of, body.prompt)
     return Contest(judge_of, body.prompt, body.n)
+
+
+async def check_prompt(fabric: Fabric, served: Served, prompt: str) -> None:
+    """InvalidRequest for a prompt by which the model cannot judge, before there is a picture.
+
+    A service that does not answer now may be there by the time that it has to judge.
+    """
+    with suppress(Unavailable):
+        await rpc.call(
+            fabric.bus,
+            served.service,
+            "check-judgement",
+            CheckJudgement(model=served.name, prompt=prompt),
+            JudgementChecked,
+            timeout=fabric.settings.ready_timeout_s,
+        )
 
 
 async def judge(fabric: Fabric, served: Served, question: JudgeImages) -> ImagesJudged:

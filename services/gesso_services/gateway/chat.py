@@ -60,8 +60,8 @@ async def complete(
     served = await models.find(conversation.KIND, body.model)
     claim = Claim(caller=caller, idempotency_key=idempotency_key)
     intake = Intake(fabric, inline_bytes=INLINE_BYTES_PER_JOB)
-    order = await conversation.plan(body, served, claim, intake)
-    await door.admit(served.service)
+    async with door.admitted(served.service):
+        order = await conversation.plan(body, served, claim, intake)
     if body.stream:
         usage = body.stream_options is not None and body.stream_options.include_usage
         return streams.EventStream(_stream(fabric, order, usage=usage))

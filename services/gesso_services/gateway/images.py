@@ -6,7 +6,7 @@ from fastapi import APIRouter, Depends, Form, Request, Response
 from gesso_contracts.base import JobId
 
 from gesso_services.gateway import painting, results, streams
-from gesso_services.gateway.admission import Admission, Door, open_place
+from gesso_services.gateway.admission import Door, open_place
 from gesso_services.gateway.auth import Caller
 from gesso_services.gateway.best_of import contest_of
 from gesso_services.gateway.catalog import Models
@@ -48,10 +48,11 @@ async def generate(
     first; a stream then completes only those, with `rank` and `score`.
     """
     served = await models.find("generate-image", body.model)
-    contest = await contest_of(body, models)
+    contest = await contest_of(body, models, fabric)
     claim = Claim(caller=caller, idempotency_key=idempotency_key)
     order = painting.plan(body, served, claim)
-    return await _deliver(Delivery(request, fabric, order, body, contest), door, body.stream)
+    await door.admit(served.service, len(order.jobs))
+    return await _deliver(Delivery(request, fabric, order, body, contest), body.stream)
 
 
 @router.post("/variations", **ANSWERS)
@@ -70,10 +71,10 @@ async def vary(
     """
     served = await models.find("vary-image", body.model)
     intake = Intake(fabric, inline_bytes=INLINE_BYTES_PER_JOB)
-    image = await intake.picture(await body.image.read(), "image")
     claim = Claim(caller=caller, idempotency_key=idempotency_key)
-    order = painting.plan_variations(body, image, served, claim)
-    return await _deliver(Delivery(request, fabric, order, body), door, body.stream)
+    async with door.admitted(served.service, body.n):
+        order = await painting.plan_variations(body, served, claim, intake)
+    return await _deliver(Delivery(request, fabric, order, body), body.stream)
 
 
 @router.get(
@@ -87,8 +88,7 @@ async def get_image(job_id: JobId, _: Caller, fabric: Here) -> Response:
     return await results.picture(fabric, job_id)
 
 
-async def _deliver(delivery: Delivery, door: Admission, stream: bool) -> Any:
-    await door.admit(delivery.order.service, len(delivery.order.jobs))
+async def _deliver(delivery: Delivery, stream: bool) -> Any:
     if stream:
         return streams.EventStream(delivery.stream())
     answer = await delivery.wait()

@@ -63,8 +63,8 @@ async def submit_job(
     served = await models.find(body.kind, wanted.model)
     if isinstance(wanted, GenerateImage):
         check_size(served.entry, wanted.width, wanted.height)
-    message = await _looked_at(wanted, Intake(fabric, inline_bytes=INLINE_BYTES_PER_JOB))
-    await door.admit(served.service)
+    async with door.admitted(served.service):
+        message = await _looked_at(wanted, Intake(fabric, inline_bytes=INLINE_BYTES_PER_JOB))
     state, new = await fabric.jobs.submit(served.service, body.kind, message, job_id=job_id)
     response.status_code = 202 if new else 200
     response.headers["Location"] = f"/v1/jobs/{job_id}"

@@ -28,6 +28,7 @@ async def judge(_: Caller, body: JudgementRequest, fabric: Here, models: Models)
     picture shows `prompt`.
     """
     served = await models.find("judge", body.model)
+    await best_of.check_prompt(fabric, served, body.prompt)
     intake = uploads.Intake(fabric, inline_bytes=uploads.INLINE_BYTES_PER_CALL)
     images = [
         await intake.picture(_bytes(text, f"images.{index}"), f"images.{index}")

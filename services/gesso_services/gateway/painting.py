@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from gesso_contracts import GenerateImage, ImageReady, LoraUse, VaryImage
-from gesso_contracts.blobs import Payload
 from gesso_contracts.limits import SEED_LIMIT
 from gesso_core.errors import InvalidRequest
 from gesso_core.registry import ModelEntry
@@ -19,6 +18,7 @@ from gesso_services.gateway.catalog import Served, check_size
 from gesso_services.gateway.fabric import Fabric
 from gesso_services.gateway.orders import Order
 from gesso_services.gateway.schemas import ImageRequest, VariationRequest, pixels_of
+from gesso_services.gateway.uploads import Intake
 
 M = TypeVar("M", bound=GenerateImage)
 UNNAMED = "the same picture, a little different"
@@ -56,13 +56,14 @@ def plan(body: ImageRequest, served: Served, claim: Claim) -> Order[GenerateImag
     return _order("generate-image", served, name, first, count, claim)
 
 
-def plan_variations(
-    body: VariationRequest, image: Payload, served: Served, claim: Claim
+async def plan_variations(
+    body: VariationRequest, served: Served, claim: Claim, intake: Intake
 ) -> Order[VaryImage]:
-    """The jobs for variations of ``image``."""
+    """The jobs for variations of a picture, which is taken in once all else is right."""
     entry = served.entry
     width, height = _size(body.size, entry)
     name, seed = _name_and_seed(claim, body.seed, body.n)
+    keep = kept(body.keep, entry)
     first = VaryImage(
         model=entry.name,
         prompt=UNNAMED if body.prompt is None else body.prompt,
@@ -74,8 +75,8 @@ def plan_variations(
         preview_every=_preview_every(body, entry.steps),
         top_k=body.top_k,
         top_p=body.top_p,
-        image=image,
-        keep=kept(body.keep, entry),
+        image=await intake.picture(await body.image.read(), "image"),
+        keep=keep,
     )
     return _order("vary-image", served, name, first, body.n, claim)
 

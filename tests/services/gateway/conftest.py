@@ -183,7 +183,8 @@ def untouched_gateway(start_services: Any, new_specs: NewSpecs, tmp_path: Path) 
 
 
 @pytest.fixture(scope="session")
-def _gateways(loop: Loop, shared_broker: NatsServer, services: None) -> Iterator[StartGateway]:
+def start_gateway(loop: Loop, shared_broker: NatsServer, services: None) -> Iterator[StartGateway]:
+    """Start one more copy of the gateway with other settings."""
     running: list[Gateway] = []
 
     def start(**settings: Any) -> Gateway:
@@ -196,16 +197,10 @@ def _gateways(loop: Loop, shared_broker: NatsServer, services: None) -> Iterator
         gateway.stop()
 
 
-@pytest.fixture
-def start_gateway(_gateways: StartGateway) -> StartGateway:
-    """Start one more copy of the gateway with other settings."""
-    return _gateways
-
-
 @pytest.fixture(scope="session")
-def server(_gateways: StartGateway) -> Gateway:
+def server(start_gateway: StartGateway) -> Gateway:
     """The open gateway that most tests talk to."""
-    return _gateways(heartbeat_s=0.05)
+    return start_gateway(heartbeat_s=0.05)
 
 
 # One client for all tests: each new one reads the certificates of the machine again.

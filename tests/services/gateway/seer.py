@@ -2,8 +2,9 @@
 
 It draws row by row what the painter draws, keeps rows of a picture that it is given, makes videos,
 and sees: it says how large a picture is and which colour it mostly has, word by word. Its score of
-a picture is the share of blue. The words of the request say how it behaves: "slowly" takes its
-time, "too large" runs out of memory, "stumbles" says something, then begins its answer anew.
+a picture is the share of blue, and it judges by prompts of up to 2000 characters. The words of the
+request say how it behaves: "slowly" takes its time, "too large" runs out of memory, "stumbles" says
+something, then begins its answer anew, and "hesitates" is long in checking a prompt.
 """
 
 import asyncio
@@ -11,12 +12,14 @@ import asyncio
 import numpy as np
 from gesso_contracts import (
     AnswerTurn,
+    CheckJudgement,
     GenerateImage,
     GenerateVideo,
     ImagePart,
     ImageReady,
     ImagesJudged,
     JudgeImages,
+    JudgementChecked,
     ModelInUse,
     Provenance,
     TextPart,
@@ -109,6 +112,13 @@ class Seer:
             answer_tokens=min(len(words), request.max_tokens),
         )
 
+    async def check(self, request: CheckJudgement) -> JudgementChecked:
+        if "hesitates" in request.prompt:
+            await asyncio.sleep(5)
+        if len(request.prompt) > 2000:
+            raise InvalidRequest("too long for the judge; shorten the prompt", field="prompt")
+        return JudgementChecked(tokens=len(request.prompt.split()))
+
     async def judge(self, request: JudgeImages) -> ImagesJudged:
         if "too large" in request.prompt:
             raise OutOfMemory("the pictures do not fit; judge fewer at once")
@@ -164,7 +174,7 @@ def seer_spec() -> ServiceSpec:
             "generate-video": seer.film,
             "answer": seer.answer,
         },
-        rpc={"judge": seer.judge},
+        rpc={"judge": seer.judge, "check-judgement": seer.check},
         start=seer.start,
         models=(DRAWS, SEES, FILMS, FOLDER),
         in_use=lambda: {FOLDER: IN_USE},

@@ -151,6 +151,16 @@ def test_generate_keeps_the_best_by_a_model_that_sees(
     assert scores == sorted(scores, reverse=True)
 
 
+def test_a_prompt_too_long_for_the_judge_is_refused_before_anything_is_drawn(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    words = ("--model", str(folders["hart"]), "--judge", str(folders["vila-u"]), "--best-of", "3")
+    result = run(tmp_path, "generate", "red " * 900, *words)
+    assert result.exit_code == 1
+    assert "the model that judges takes 256" in result.stderr
+    assert "step" not in result.stderr
+
+
 @pytest.fixture
 def picture(tmp_path: Path) -> str:
     (tmp_path / "in.png").write_bytes(encode_picture(gradient()))

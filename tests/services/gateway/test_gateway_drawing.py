@@ -140,6 +140,31 @@ def test_a_judge_that_fails_is_told(http: httpx2.Client) -> None:
     assert (name, data["error"]["code"]) == ("error", "out_of_memory")
 
 
+def test_a_prompt_too_long_for_the_judge_is_refused_before_anything_is_drawn(
+    http: httpx2.Client,
+) -> None:
+    def jobs() -> set[str]:
+        return {job["id"] for job in http.get("/v1/jobs?limit=100").json()["data"]}
+
+    before = jobs()
+    wish = APPLE | {"prompt": "x " * 1500, "best_of": 2}
+    for stream in (False, True):
+        answer = http.post(GENERATIONS, json=wish | {"stream": stream})
+        refused(answer, 422, "prompt", "shorten the prompt")
+    assert not jobs() - before
+    del wish["best_of"]
+    assert http.post(GENERATIONS, json=wish).status_code == 200
+
+
+def test_a_judge_that_is_long_in_checking_is_asked_again_with_the_pictures(
+    start_gateway: Any,
+) -> None:
+    gateway = start_gateway(ready_timeout_s=0.3)
+    wish = APPLE | {"prompt": "she hesitates", "best_of": 2}
+    with httpx2.Client(base_url=gateway.url, timeout=30) as http:
+        assert http.post(GENERATIONS, json=wish).json()["data"][0]["seed"] == 8
+
+
 # ---------------------------------------------------------------- judgements
 
 

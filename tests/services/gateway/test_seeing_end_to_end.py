@@ -121,6 +121,13 @@ def test_what_the_model_refuses_is_told_with_its_field(web: httpx2.Client) -> No
     wish = {"model": "scales", "prompt": "an apple", "negative_prompt": "worms"}
     answer = web.post(GENERATIONS, json=wish)
     assert (answer.status_code, answer.json()["field"]) == (422, "negative_prompt")
+    for change, words in (
+        ({"prompt": "long " * 700, "best_of": 2}, "the model that judges takes 256"),
+        ({"prompt": "<image> in red", "model": "seer"}, "leave <image> out"),
+    ):
+        answer = web.post(GENERATIONS, json={"model": "scales"} | change)
+        assert (answer.status_code, answer.json()["field"]) == (422, "prompt")
+        assert words in answer.json()["detail"]
     asked = {"messages": [{"role": "user", "content": "long " * 700}], "model": "seer"}
     answer = web.post("/v1/chat/completions", json=asked)
     assert answer.status_code == 422

@@ -12,8 +12,8 @@ from gesso_core.models.vila_u.config import VilaUConfig
 from gesso_core.models.vila_u.depth_transformer import DepthTransformer
 from gesso_core.models.vila_u.packing import block_diagonal_mask
 from gesso_core.models.vila_u.projector import Projector
-from gesso_core.models.vila_u.rows import RowRunner, use_row_attention
-from gesso_core.models.vila_u.splice import Batch
+from gesso_core.models.vila_u.rows import RowRunner, padded_rows, use_row_attention
+from gesso_core.models.vila_u.splice import Batch, Row
 from gesso_core.models.vila_u.vision_tower import VisionTower
 
 # B rows   L tokens   S width of the states   D codes of a position   C width of a code vector
@@ -57,23 +57,21 @@ class VilaU(nn.Module):
 
     def embed_codes(self, codes_ND: Tensor) -> Tensor:
         """Embeddings (N, S) of visual tokens: the projected sum of their code vectors."""
-        return self.embed_features(self.tower.embed(codes_ND))
+        features_NC = padded_rows(self.tower.embed(codes_ND))
+        return self.embed_features(features_NC)[: len(codes_ND)]
 
     def embed_features(self, features_NC: Tensor) -> Tensor:
         """Embeddings (N, S) of visual features."""
         embeddings: Tensor = self.projector(features_NC.to(self.dtype))
         return embeddings
 
+    def embed_row(self, row: Row) -> Tensor:
+        """Embeddings (L, S) of text and visual tokens."""
+        return self._embed(row.ids_L.to(self.device), row.codes_LD.to(self.device))
+
     def embed(self, batch: Batch) -> Tensor:
         """Embeddings (B, L, S) of text and visual tokens together; zeros at padding."""
-        visual_BL = batch.codes_BLD[..., 0] >= 0
-        embeddings_BLS = self.embed_text(batch.ids_BL)
-        if bool(visual_BL.any()):
-            visual_NS = self.embed_codes(batch.codes_BLD[visual_BL])
-            embeddings_BLS = embeddings_BLS.masked_scatter(
-                visual_BL[..., None], visual_NS.to(embeddings_BLS.dtype)
-            )
-        return embeddings_BLS * batch.mask_BL[..., None]
+        return self._embed(batch.ids_BL, batch.codes_BLD) * batch.mask_BL[..., None]
 
     def states(self, batch: Batch) -> Tensor:
         """States (B, L, S) behind the final norm; packed rows do not see each other."""
@@ -103,3 +101,12 @@ class VilaU(nn.Module):
         """Where the model is."""
         parameter: nn.Parameter = next(self.llm.parameters())
         return parameter.device
+
+    def _embed(self, ids: Tensor, codes: Tensor) -> Tensor:
+        """Ids (…, L) and codes (…, L, D) → (…, L, S)."""
+        visual = codes[..., 0] >= 0
+        embeddings = self.embed_text(ids)
+        if bool(visual.any()):
+            visual_NS = self.embed_codes(codes[visual]).to(embeddings.dtype)
+            embeddings = embeddings.masked_scatter(visual[..., None], visual_NS)
+        return embeddings

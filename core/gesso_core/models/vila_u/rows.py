@@ -1,10 +1,11 @@
 """Rows of a language model that advance together, each with keys and values of its own length.
 
 transformers' decoders take any cache and any attention function; here the cache keeps one buffer
-per row, filled from the left, and the attention works row by row. So rows of different lengths
-share every matrix product without any padding, they join and leave a batch without a copy, and a
-row's numbers do not depend on its neighbours. A buffer is only ever written behind the length that
-its owner states: a step that failed can be repeated.
+per row, filled from the left, and the attention works row by row. The new tokens of all rows stand
+one behind the other, as if they were one long row. So rows of different lengths, with one new token
+or a whole prompt, share every matrix product without any padding between them; they join and leave
+a batch without a copy, and a row's numbers do not depend on its neighbours. A buffer is only ever
+written behind the length that its owner states: a step that failed can be repeated.
 """
 
 import inspect
@@ -19,7 +20,8 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from gesso_core.models.vila_u.llama_step import is_llama, llama_step
 
-# B rows   t new tokens of every row   S state width   H heads   L layers   e channels of a head
+# B rows   t new tokens of a row   N new tokens of all rows   T tokens of a row   S state width
+# H heads   L layers   e channels of a head   a leading 2 is for keys and values
 ATTENTION: Final = "gesso_rows"
 # A matrix product rounds the last one to three rows behind a multiple of four differently, on any
 # number of threads. In multiples of four a row's numbers do not depend on how many there are.
@@ -30,57 +32,89 @@ ROWS_MULTIPLE: Final = 4
 class RowCache:
     """Keys and values of one row, with room for as many tokens as it will ever have."""
 
-    keys_LHTe: Tensor
-    values_LHTe: Tensor
+    both_2LHTe: Tensor
 
     @property
     def bytes(self) -> int:
-        """Memory of both buffers."""
-        return 2 * self.keys_LHTe.numel() * self.keys_LHTe.element_size()
+        """Memory of the buffer."""
+        return self.both_2LHTe.numel() * self.both_2LHTe.element_size()
 
 
-class _Ragged(NamedTuple):
-    """The keys or values of one layer, one tensor (H, tokens, e) per row."""
+class _Seen(NamedTuple):
+    """Which tokens a layer attends to: those of a forward with caches, in this layer."""
 
-    rows: list[Tensor]
+    forward: "_Forward"
+    layer: int
 
 
-class _Rows:
-    """The cache that one forward sees: some rows with the lengths they have before it."""
+class _Forward:
+    """The cache that one forward sees: some rows with the lengths they have before it.
 
-    def __init__(self, caches: Sequence[RowCache], lengths: Sequence[int]) -> None:
-        self.caches, self.lengths = caches, lengths
+    All slices of the buffers are taken here, once for all layers.
+    """
+
+    def __init__(
+        self, caches: Sequence[RowCache], starts: Sequence[int], counts: Sequence[int], spare: int
+    ) -> None:
+        ends = [start + count for start, count in zip(starts, counts, strict=True)]
+        self.longest, self.sizes = max(starts), [*counts, spare] if spare else [*counts]
+        buffers = [cache.both_2LHTe for cache in caches]
+        self._places = [
+            both[:, :, :, start:end].unbind(1)
+            for both, start, end in zip(buffers, starts, ends, strict=True)
+        ]
+        self._keys, self._values = (
+            [
+                both[part, :, None, :, :end].unbind(0)
+                for both, end in zip(buffers, ends, strict=True)
+            ]
+            for part in (0, 1)
+        )
+        device = buffers[0].device
+        self._masks = [
+            _tail_mask(count, end, device) for count, end in zip(counts, ends, strict=True)
+        ]
 
     def update(
-        self, k_BHte: Tensor, v_BHte: Tensor, layer: int, *_: Any, **__: Any
-    ) -> tuple[_Ragged, _Ragged]:
-        """Keep the new keys and values; returns those of all tokens so far."""
-        new = k_BHte.shape[2]
-        ends = [start + new for start in self.lengths]
-        keys, values = [], []
-        for b, (cache, start, end) in enumerate(zip(self.caches, self.lengths, ends, strict=True)):
-            buffer_HTe = cache.keys_LHTe[layer]
-            buffer_HTe[:, start:end] = k_BHte[b]
-            keys.append(buffer_HTe[:, :end])
-            buffer_HTe = cache.values_LHTe[layer]
-            buffer_HTe[:, start:end] = v_BHte[b]
-            values.append(buffer_HTe[:, :end])
-        return _Ragged(keys), _Ragged(values)
+        self, k_1HNe: Tensor, v_1HNe: Tensor, layer: int, *_: Any, **__: Any
+    ) -> tuple[_Seen, _Seen]:
+        """Keep the new keys and values; what is returned stands for all tokens so far."""
+        new = torch.cat([k_1HNe, v_1HNe]).split_with_sizes(self.sizes, dim=2)
+        for places, both_2Hte in zip(self._places, new, strict=False):  # the spare ones are dropped
+            places[layer].copy_(both_2Hte)
+        return _Seen(self, layer), _Seen(self, layer)
 
-    def attend(self, q_BHte: Tensor, k_BHte: Tensor, v_BHte: Tensor, layer: int) -> Tensor:
-        """Keep the new tokens of every row, and attend to all of them; (B, t, H, e)."""
-        return attention(None, q_BHte, *self.update(k_BHte, v_BHte, layer), None)[0]
+    def attend(self, q_1HNe: Tensor, k_1HNe: Tensor, v_1HNe: Tensor, layer: int) -> Tensor:
+        """Keep the new tokens of every row, and let each see its own row; (1, N, H, e)."""
+        self.update(k_1HNe, v_1HNe, layer)
+        return self.mixed(q_1HNe, layer, None)
+
+    def mixed(self, q_1HNe: Tensor, layer: int, scaling: float | None) -> Tensor:
+        """Each new token with what it sees of its row, (1, N, H, e)."""
+        queries = list(q_1HNe.split_with_sizes(self.sizes, dim=2))
+        grouped = q_1HNe.shape[1] != self._keys[0][layer].shape[1]
+        for b, mask in enumerate(self._masks):
+            queries[b] = F.scaled_dot_product_attention(
+                queries[b],
+                self._keys[b][layer],
+                self._values[b][layer],
+                attn_mask=mask,
+                scale=scaling,
+                enable_gqa=grouped,
+            )
+        # The spare ones see nothing; what they get does not matter.
+        return torch.cat(queries, dim=2).transpose(1, 2)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Of the longest row; positions are given explicitly, so nothing follows from it."""
-        return max(self.lengths)
+        return self.longest
 
 
 def attention(
     module: nn.Module | None,
     q_BHte: Tensor,
-    key: Tensor | _Ragged,
-    value: Tensor | _Ragged,
+    key: Tensor | _Seen,
+    value: Tensor | _Seen,
     mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
@@ -90,24 +124,8 @@ def attention(
 
     Returns (B, t, H, e). Without caches and without a mask it is causal.
     """
-    grouped = q_BHte.shape[1] != _heads(key)
-    if isinstance(key, _Ragged) and isinstance(value, _Ragged):
-        new = q_BHte.shape[2]
-        mixed = [
-            F.scaled_dot_product_attention(
-                q_BHte[b : b + 1],
-                k_HTe[None],
-                v_HTe[None],
-                attn_mask=_tail_mask(new, k_HTe),
-                scale=scaling,
-                enable_gqa=grouped,
-            )
-            for b, (k_HTe, v_HTe) in enumerate(zip(key.rows, value.rows, strict=True))
-        ]
-        # Rows without a cache are spare; what they get does not matter.
-        mixed += [mixed[-1]] * (len(q_BHte) - len(mixed))
-        return torch.cat(mixed).transpose(1, 2), None
-    assert isinstance(key, Tensor)
+    if isinstance(key, _Seen):
+        return key.forward.mixed(q_BHte, key.layer, scaling), None
     assert isinstance(value, Tensor)
     mixed_BHte = F.scaled_dot_product_attention(
         q_BHte,
@@ -117,7 +135,7 @@ def attention(
         dropout_p=dropout,
         is_causal=mask is None and q_BHte.shape[2] > 1,
         scale=scaling,
-        enable_gqa=grouped,
+        enable_gqa=q_BHte.shape[1] != key.shape[1],
     )
     return mixed_BHte.transpose(1, 2), None
 
@@ -160,11 +178,9 @@ class RowRunner:
         self, room: int, like: Tensor, prefix: RowCache | None = None, shared: int = 0
     ) -> RowCache:
         """An empty cache, or one that begins with the first ``shared`` tokens of another."""
-        shape = (self.layers, self.heads, room, self.head_dim)
-        cache = RowCache(like.new_empty(shape), like.new_empty(shape))
+        cache = RowCache(like.new_empty((2, self.layers, self.heads, room, self.head_dim)))
         if prefix is not None:
-            cache.keys_LHTe[:, :, :shared] = prefix.keys_LHTe[:, :, :shared]
-            cache.values_LHTe[:, :, :shared] = prefix.values_LHTe[:, :, :shared]
+            cache.both_2LHTe[:, :, :, :shared] = prefix.both_2LHTe[:, :, :, :shared]
         return cache
 
     def bytes_per_token(self, dtype: torch.dtype) -> int:
@@ -182,32 +198,44 @@ class RowRunner:
             lengths: tokens that each row has so far, which are the positions of the new ones.
         """
         rows, new = embeddings_BtS.shape[:2]
-        spare = spare_rows(rows) if new == 1 else 0
-        starts = [*lengths, *[lengths[-1]] * spare]
-        if spare:  # more rows for the matrix products; nobody attends to them
-            embeddings_BtS = torch.cat([embeddings_BtS, embeddings_BtS[-1:].expand(spare, -1, -1)])
-        starts_B1 = torch.tensor(starts, device=embeddings_BtS.device)[:, None]
-        positions_Bt = starts_B1 + torch.arange(new, device=embeddings_BtS.device)
-        cache = _Rows(caches, lengths)
+        states_NS = self.together(embeddings_BtS.flatten(0, 1), caches, lengths, [new] * rows)
+        return states_NS.view(embeddings_BtS.shape)
+
+    def together(
+        self,
+        embeddings_NS: Tensor,
+        caches: Sequence[RowCache],
+        lengths: Sequence[int],
+        counts: Sequence[int],
+    ) -> Tensor:
+        """States (N, S) of the new tokens of all rows, ``counts`` of each, one row after another.
+
+        See `__call__` for the other arguments.
+        """
+        embeddings_RS, device = padded_rows(embeddings_NS), embeddings_NS.device
+        spare = len(embeddings_RS) - len(embeddings_NS)
+        positions = [
+            start + index
+            for start, count in zip(lengths, counts, strict=True)
+            for index in range(count)
+        ]
+        positions_1R = torch.tensor([[*positions, *[0] * spare]], device=device)
+        cache = _Forward(caches, lengths, counts, spare)
         if self.is_llama:
-            return llama_step(self.decoder, embeddings_BtS, positions_Bt, cache.attend)[:rows]
-        output = self.decoder(
-            inputs_embeds=embeddings_BtS,
-            position_ids=positions_Bt,
-            use_cache=True,
-            **{self.cache_argument: cache},
-        )
-        states_BtS: Tensor = output.last_hidden_state[:rows]
-        return states_BtS
+            states = llama_step(self.decoder, embeddings_RS[None], positions_1R, cache.attend)
+        else:
+            states = self.decoder(
+                inputs_embeds=embeddings_RS[None],
+                position_ids=positions_1R,
+                use_cache=True,
+                **{self.cache_argument: cache},
+            ).last_hidden_state
+        states_NS: Tensor = states[0, : len(embeddings_NS)]
+        return states_NS
 
 
-def _tail_mask(new: int, k_HTe: Tensor) -> Tensor | None:
+def _tail_mask(new: int, total: int, device: torch.device) -> Tensor | None:
     """(t, T) bool: the last t tokens see everything up to themselves."""
     if new == 1:
         return None
-    total = k_HTe.shape[1]
-    return torch.ones(new, total, dtype=torch.bool, device=k_HTe.device).tril(total - new)
-
-
-def _heads(key: Tensor | _Ragged) -> int:
-    return key.shape[1] if isinstance(key, Tensor) else key.rows[0].shape[0]
+    return torch.ones(new, total, dtype=torch.bool, device=device).tril(total - new)

@@ -38,6 +38,16 @@ class Row:
     def __len__(self) -> int:
         return len(self.ids_L)
 
+    def part(self, start: int, end: int | None = None) -> "Row":
+        """Some of its tokens."""
+        return Row(**{name: column[start:end] for name, column in vars(self).items()})
+
+    @staticmethod
+    def joined(rows: "Sequence[Row]") -> "Row":
+        """Rows one behind the other, as one."""
+        names = ("ids_L", "codes_LD", "labels_LD")
+        return Row(**{name: torch.cat([getattr(row, name) for row in rows]) for name in names})
+
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:

@@ -146,11 +146,3 @@ def preprocess(pixels_HW3: npt.NDArray[np.uint8], side: int) -> Tensor:
     if picture.size != (side, side):
         picture = picture.resize((side, side), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
-
-
-def crop_to_square(pixels_HW3: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """The square generation is trained on: the middle of a wide picture, the top of a tall one."""
-    height, width = pixels_HW3.shape[:2]
-    side = min(height, width)
-    left = (width - side) // 2
-    return pixels_HW3[:side, left : left + side]
