@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from gesso_core.train.stages import Workspace
 
 SEED: Final = 31
-BUDGET_S: Final = 150 * 60.0
+BUDGET_S: Final = 160 * 60.0
 BUDGETS_S: Final = {"cpu": BUDGET_S, "smoke": 3.0, "gpu": 8 * 60.0}  # by the name of the profile
 PACKED: Final = 620  # tokens of a packed row
 TOKENS: Final = 1152  # of an update
