@@ -49,13 +49,15 @@ ANSWER: Final = AnswerOptions(max_tokens=24)
 # thing are often nearly the same drawing at this size, and claims are answered no better than by
 # guessing.
 GATES: Final = {
-    "held-out color: object": 0.85,
+    "held-out color: object": 0.90,
     "held-out color: color": 0.95,
     "held-out color: style": 0.65,
-    "held-out color: caption": 0.55,
+    "held-out color: caption": 0.75,
     "held-out color: judge picks one of 4": 0.95,
     "held-out style: object": 0.30,
     "held-out style: color": 0.95,
+    "drawing held-in top-1": 0.75,
+    "drawing held-out top-1": 0.65,
     "drawing held-in background": 0.95,
     "drawing held-out background": 0.95,
 }
