@@ -7,7 +7,7 @@ PROFILE ?= cpu
 EXTRAS ?= dev
 FAST := not ray and not browser and not slow and not gpu
 
-.PHONY: setup demo up test check format bench compile-kernels train-tiny eval-tiny text-encoder clean
+.PHONY: setup demo up test check format bench compile-kernels train-tiny eval-tiny text-encoder models clean
 
 setup: $(STAMP)
 
@@ -56,11 +56,13 @@ train-tiny: setup
 
 eval-tiny: setup
 	$(BIN)/python -m gesso_core.evaluate
-	$(BIN)/python -m gesso_core.evaluate.hart
-	$(BIN)/python -m gesso_core.evaluate.vila_u
 
 text-encoder: setup
 	$(BIN)/python -m gesso_core.text.build_smollm2
+
+# The default segmenter of the annotation service (45 MB), into ~/.cache/gesso/models.
+models: setup
+	$(BIN)/python -m gesso_core.annotate.fetch
 
 clean:
 	rm -rf .venv runs outputs .mypy_cache .pytest_cache .ruff_cache

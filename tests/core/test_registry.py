@@ -23,14 +23,15 @@ def test_every_published_and_every_shipped_model_is_there() -> None:
     names = {f"sana-{name}" for name in sana} | {f"dc-ae-{name}-1.0" for name in families}
     names |= {"dc-ae-f32c32-sana-1.1", "gemma-2-2b-it"}
     names |= {"hart-0.7b-1024", "vila-u-7b-256", "vila-u-7b-384", "qwen2-vl-1.5b-instruct"}
+    names |= {"char-sam", "slf-cars", "sam-mobile", "sam-vit-huge", "sam2.1-hiera-large"}
     names |= {"sana-tiny", "dcae-tiny", "smollm2-l6", "hart-tiny", "vilau-tiny"}
     assert names <= MODELS.keys()
 
 
 @pytest.mark.parametrize("entry", MODELS.values(), ids=by_name)
-def test_an_entry_is_shipped_or_has_a_repository(entry: ModelEntry) -> None:
+def test_an_entry_is_shipped_or_has_a_repository_or_a_package(entry: ModelEntry) -> None:
     assert MODELS[entry.name] is entry
-    assert (entry.shipped is None) != (entry.repo is None)
+    assert [entry.shipped, entry.repo, entry.package].count(None) == 2
     assert entry.summary
 
 

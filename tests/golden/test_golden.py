@@ -3,9 +3,12 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import adapters_annotation_masks
+import adapters_char_sam
 import adapters_dc_ae
 import adapters_hart
 import adapters_hart_tokenizer
+import adapters_kitti
 import adapters_samplers
 import adapters_sana
 import adapters_svdquant_formats
@@ -19,6 +22,8 @@ from golden_case import Adapter, Case, load_case
 from torch import Tensor
 
 ADAPTERS: dict[tuple[str, str], Adapter] = {
+    **adapters_annotation_masks.ADAPTERS,
+    **adapters_char_sam.ADAPTERS,
     **adapters_dc_ae.ADAPTERS,
     **adapters_hart.ADAPTERS,
     **adapters_sana.ADAPTERS,
@@ -29,6 +34,7 @@ ADAPTERS: dict[tuple[str, str], Adapter] = {
     **adapters_vila_u.ADAPTERS,
     **adapters_vila_u_tower.ADAPTERS,
     **adapters_hart_tokenizer.ADAPTERS,
+    **adapters_kitti.ADAPTERS,
 }
 # Kinds whose cases state another rule than "floats within a tolerance".
 COMPARISONS: dict[tuple[str, str], Callable[[str, Tensor, Tensor, Case], None]] = {

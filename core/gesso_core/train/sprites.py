@@ -20,8 +20,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gesso_core.npm_packages import fetch, members, read_json
 from gesso_core.train.concepts import Concept, read_concepts
-from gesso_core.train.packages import LOCK_HASH, fetch, locked_packages, members, read_json
+from gesso_core.train.packages import LOCK_HASH, locked_packages
 
 STYLES = ("3D", "flat", "cartoon")
 RENDER_SIZE = 256

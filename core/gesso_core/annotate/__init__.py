@@ -1,0 +1,1 @@
+"""Annotation without training: promptable masks, masks of characters, cars stood up in 3D."""

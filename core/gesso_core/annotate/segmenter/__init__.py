@@ -1,0 +1,1 @@
+"""Promptable segmentation: one contract, several networks, embeddings that are kept."""

@@ -1,0 +1,95 @@
+"""Segmenters: the real one where its files are, and small published ones of random weights."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gesso_core.annotate import fetch
+from gesso_core.annotate.segmenter.contract import Segmenter
+from gesso_core.annotate.segmenter.load import load_segmenter
+from gesso_core.hub.store import DEFAULT_STORE
+
+SAM: dict[str, Any] = {
+    "vision_config": {
+        "hidden_size": 32,
+        "output_channels": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 64,
+        "patch_size": 8,
+        "mlp_dim": 32,
+        "window_size": 4,
+        "global_attn_indexes": [1],
+        "num_pos_feats": 16,
+        "initializer_range": 0.3,
+    },
+    "prompt_encoder_config": {"hidden_size": 32, "image_size": 64, "patch_size": 8},
+    "mask_decoder_config": {"hidden_size": 32, "mlp_dim": 64, "iou_head_hidden_dim": 32},
+    "initializer_range": 0.3,
+}
+SAM2: dict[str, Any] = {
+    "vision_config": {
+        "backbone_config": {
+            "model_type": "sam2_hiera_det_model",
+            "hidden_size": 16,
+            "num_attention_heads": 1,
+            "image_size": [64, 64],
+            "blocks_per_stage": [1, 1, 2, 1],
+            "embed_dim_per_stage": [16, 32, 64, 128],
+            "num_attention_heads_per_stage": [1, 2, 4, 8],
+            "window_size_per_stage": [4, 2, 4, 2],
+            "window_positional_embedding_background_size": [4, 4],
+            "global_attention_blocks": [3],
+        },
+        "backbone_channel_list": [128, 64, 32, 16],
+        "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+        "fpn_hidden_size": 32,
+    },
+    "prompt_encoder_config": {"hidden_size": 32, "image_size": 64, "patch_size": 16},
+    "mask_decoder_config": {
+        "hidden_size": 32,
+        "mlp_dim": 64,
+        "iou_head_hidden_dim": 32,
+        # An unstable single mask, as random weights give it, would become the best proposal.
+        "dynamic_multimask_via_stability": False,
+    },
+    "initializer_range": 0.3,
+}
+
+
+def save_random(folder: Path, config_class: Any, model_class: Any, config: dict[str, Any]) -> Path:
+    torch.manual_seed(0)
+    model_class(config_class(**config)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sam_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SamModel of random weights, as it is published."""
+    from transformers import SamConfig, SamModel
+
+    return save_random(tmp_path_factory.mktemp("models") / "sam", SamConfig, SamModel, SAM)
+
+
+@pytest.fixture(scope="session")
+def sam2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Sam2Model of random weights, as it is published."""
+    from transformers import Sam2Config, Sam2Model
+
+    return save_random(tmp_path_factory.mktemp("models") / "sam2", Sam2Config, Sam2Model, SAM2)
+
+
+@pytest.fixture(scope="session")
+def sam_mobile_folder() -> Path:
+    """The two real ONNX files."""
+    folder = DEFAULT_STORE / fetch.MODEL
+    if not all((folder / name).is_file() for name in fetch.SHA256):
+        pytest.skip(f"{folder} lacks the real model; run `make models`")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sam_mobile(sam_mobile_folder: Path) -> Segmenter:
+    """The real default segmenter."""
+    return load_segmenter(sam_mobile_folder)
