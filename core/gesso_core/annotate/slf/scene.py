@@ -1,0 +1,226 @@
+"""Segment, lift and fit of one picture's cars, or of many pictures' in one batch.
+
+Masks come in with their boxes: from a segmenter, or stored. One object that cannot be fitted never
+stops the others: it comes back with the reason.
+"""
+
+# N points   H W picture
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from gesso_core.annotate.kitti.calibration import Calibration
+from gesso_core.annotate.masks import Mask
+from gesso_core.annotate.slf.fit import FitOptions, Fits, fit
+from gesso_core.annotate.slf.ground import Ground, find_ground, ground_at
+from gesso_core.annotate.slf.lift import object_points, points_in_mask, start_poses
+from gesso_core.annotate.slf.observations import Observations, observe, stack
+from gesso_core.annotate.slf.overlaps import Box2D, OwnedMask, leave_alone, resolve
+from gesso_core.annotate.slf.prior import ShapePrior, extent_of
+from gesso_core.annotate.slf.results import HEADING_MARGIN, Evidence, Fitted, FittedCar, describe
+from gesso_core.annotate.slf.sdf import Pose
+from gesso_core.errors import InvalidRequest, NumericalError
+
+Floats = NDArray[np.float64]
+DrivingSide = Literal["right", "left"]
+
+_ALONG_THE_ROAD: Final = 0.5  # sine of the angle to crossing traffic
+_OWN_LANE: Final = 2.0  # metres beside the camera that still belong to its own side of the road
+
+
+@dataclass(frozen=True)
+class SegmentedObject:
+    """One prompt with the mask that came of it; the box in pixels (left, top, right, bottom)."""
+
+    mask_HW: Mask
+    box: Box2D
+    predicted_iou: float = 1.0
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One picture: its camera, its masks and, unless only the picture is known, its LiDAR scan."""
+
+    calibration: Calibration
+    objects: Sequence[SegmentedObject]
+    points_velo_N4: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True)
+class Refused:
+    """An object without a box, and why."""
+
+    index: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlfOptions:
+    """What a user may choose."""
+
+    fit: FitOptions = field(default_factory=FitOptions)
+    resolve_overlaps: bool = True
+    driving_side: DrivingSide | None = "right"  # decides headings that the energy leaves open
+
+
+Outcome = FittedCar | Refused
+
+
+@dataclass(frozen=True)
+class _Lifted:
+    """An object that is ready to be fitted."""
+
+    index: int
+    seen: Observations
+    evidence: Evidence
+
+
+def annotate_cars(
+    scene: Scene, prior: ShapePrior, options: SlfOptions | None = None
+) -> list[Outcome]:
+    """A box and a shape for every object of the scene, in its order."""
+    return annotate_scenes([scene], prior, options)[0]
+
+
+def annotate_scenes(
+    scenes: Sequence[Scene], prior: ShapePrior, options: SlfOptions | None = None
+) -> list[list[Outcome]]:
+    """`annotate_cars` of several scenes, all objects fitted in one batch."""
+    options = options or SlfOptions()
+    lifted = [_lift_scene(scene, prior, options) for scene in scenes]
+    ready = [item for items in lifted for item in items if isinstance(item, _Lifted)]
+    fitted = _fit(ready, prior, options)
+    return [
+        [
+            describe(item.index, next(fitted), prior, scene.calibration, item.evidence)
+            if isinstance(item, _Lifted)
+            else item
+            for item in items
+        ]
+        for scene, items in zip(scenes, lifted, strict=True)
+    ]
+
+
+def _lift_scene(scene: Scene, prior: ShapePrior, options: SlfOptions) -> list[_Lifted | Refused]:
+    _check(scene)
+    rect = np.zeros((0, 3))
+    if scene.points_velo_N4 is not None:
+        rect = scene.calibration.rect_from_velo(scene.points_velo_N4)
+    ground = find_ground(rect)
+    owned = _owned(scene, rect, options.resolve_overlaps)
+    lifted: list[_Lifted | Refused] = []
+    for index, mask in enumerate(owned):
+        try:
+            lifted.append(_lift(index, mask, scene, rect, ground, prior))
+        except InvalidRequest as error:
+            lifted.append(Refused(index, error.message))
+    return lifted
+
+
+def _check(scene: Scene) -> None:
+    shapes = {item.mask_HW.shape for item in scene.objects}
+    if len(shapes) > 1:
+        raise InvalidRequest(
+            f"masks of one picture have one size, got {sorted(shapes)}", field="objects"
+        )
+
+
+def _owned(scene: Scene, rect_N3: Floats, resolve_overlaps: bool) -> list[OwnedMask]:
+    masks, boxes = [o.mask_HW for o in scene.objects], [o.box for o in scene.objects]
+    if not resolve_overlaps:
+        return leave_alone(masks)
+    depths = []
+    for mask in masks:
+        inside = points_in_mask(rect_N3, mask, scene.calibration)
+        depths.append(float(np.median(rect_N3[inside, 2])) if len(inside) else math.inf)
+    return resolve(masks, boxes, depths)
+
+
+def _lift(
+    index: int, owned: OwnedMask, scene: Scene, rect_N3: Floats, ground: Ground, prior: ShapePrior
+) -> _Lifted:
+    item = scene.objects[index]
+    _check_object(item, owned)
+    ground = _ground_below(ground, rect_N3, owned, scene.calibration)
+    points = object_points(rect_N3, owned.mask_HW, scene.calibration, ground)
+    usual = extent_of(prior.grid(torch.zeros(1, prior.components))).size
+    starts = start_poses(owned.mask_HW, points, scene.calibration, ground, usual)
+    seen = observe(owned, item.box, points, starts, scene.calibration, ground)
+    evidence = Evidence(
+        kind=prior.kind,
+        predicted_iou=item.predicted_iou,
+        points=len(points),
+        has_scan=scene.points_velo_N4 is not None,
+        ground_found=ground.found,
+        covering_HW=owned.hidden_HW,
+    )
+    return _Lifted(index, seen, evidence)
+
+
+def _ground_below(
+    ground: Ground, rect_N3: Floats, owned: OwnedMask, calibration: Calibration
+) -> Ground:
+    inside = points_in_mask(rect_N3, owned.mask_HW, calibration)
+    if not len(inside):
+        return ground
+    x, _, z = np.median(rect_N3[inside], axis=0).tolist()
+    return ground_at(ground, rect_N3, x, z)
+
+
+def _check_object(item: SegmentedObject, owned: OwnedMask) -> None:
+    height, width = item.mask_HW.shape
+    left, top, right, bottom = item.box
+    if not all(map(math.isfinite, item.box)) or right - left < 1 or bottom - top < 1:
+        raise InvalidRequest(
+            f"box {item.box}: needs left < right and top < bottom, at least a pixel", field="box"
+        )
+    if right <= 0 or bottom <= 0 or left >= width - 1 or top >= height - 1:
+        raise InvalidRequest(
+            f"box {item.box} lies outside the picture of {width} x {height} pixels", field="box"
+        )
+    if not item.mask_HW.any():
+        raise InvalidRequest("the mask is empty: nothing was found in this box", field="objects")
+    if not owned.mask_HW.any():
+        raise InvalidRequest(
+            "nearer objects take every pixel of this mask; is the object prompted twice?",
+            field="objects",
+        )
+
+
+def _fit(lifted: Sequence[_Lifted], prior: ShapePrior, options: SlfOptions) -> Iterator[Fitted]:
+    """One row per object, facing the way that the energy or else the driving side says."""
+    if not lifted:
+        return
+    best, reverse = fit(stack([item.seen for item in lifted]), prior, options.fit)
+    for i, item in enumerate(lifted):
+        margin = float(reverse.total_B[i] - best.total_B[i])
+        x, angle = float(best.pose.position_B3[i, 0]), float(best.pose.angle_B[i])
+        turn = margin < HEADING_MARGIN and _faces_wrong_way(x, angle, options.driving_side)
+        yield _row(reverse if turn else best, i, -margin if turn else margin, item.index)
+
+
+def _faces_wrong_way(x: float, angle: float, side: DrivingSide | None) -> bool:
+    """Whether a car at this x, heading along the road, would drive against the traffic."""
+    away = -math.sin(angle)  # share of the heading that leads away from the camera
+    if side is None or abs(away) < _ALONG_THE_ROAD:
+        return False
+    same_way = x > -_OWN_LANE if side == "right" else x < _OWN_LANE
+    return (away > 0) != same_way
+
+
+def _row(fits: Fits, i: int, margin: float, index: int) -> Fitted:
+    rows = (*fits.pose, fits.code_BK, *fits.energies)
+    if not all(bool(torch.isfinite(part[i]).all()) for part in rows):
+        raise NumericalError(f"the fit of object {index} left the finite numbers")
+    return Fitted(
+        pose=Pose(*(part[i : i + 1] for part in fits.pose)),
+        code_1K=fits.code_BK[i : i + 1],
+        energies={name: float(term[i]) for name, term in fits.energies._asdict().items()},
+        heading_margin=margin,
+    )
