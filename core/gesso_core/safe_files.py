@@ -1,6 +1,7 @@
 """Opening files that a stranger may have written: names stay in their folder, pickles stay shut.
 
-And writing tensors, so that nobody ever opens half a file.
+And writing tensors, so that nobody ever opens half a file. Torch comes in with the first tensor:
+who only asks for a name does without it.
 """
 
 import io
@@ -8,13 +9,14 @@ import json
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from gesso_core.errors import UnsafeFile, WeightsError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_HEADER_BYTES: Final = 100_000_000
 PICKLE_STARTS: Final = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -113,7 +115,7 @@ def _header(path: Path, file: BinaryIO, size: int) -> dict[str, Any]:
     return dict(header)
 
 
-def read_tensors(path: Path, skip: Collection[str] = ()) -> dict[str, Tensor]:
+def read_tensors(path: Path, skip: Collection[str] = ()) -> "dict[str, Tensor]":
     """Every tensor of a safetensors file, exactly as stored; raises like `read_header`.
 
     Those named in ``skip`` are not even read.
@@ -132,8 +134,10 @@ def _require_texts(metadata: Any) -> None:
         raise TypeError("__metadata__ must hold texts by name")
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+def write_tensors(path: Path, tensors: "Mapping[str, Tensor]", metadata: dict[str, str]) -> None:
     """Write a safetensors file that is either whole or not there, and its folder if need be."""
+    from safetensors.torch import save_file
+
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.unlink(missing_ok=True)

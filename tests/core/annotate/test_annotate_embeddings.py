@@ -163,10 +163,19 @@ def test_small_boxes_get_windows_and_keep_their_order(segmenter: Counting) -> No
     prompts = [small, large, small, point]
     masks = segment(segmenter, image, prompts, cache=cache)
     assert sorted(segmenter.seen) == [(64, 64), (200, 300)]
+    assert len(cache) == 2
     for row, prompt in enumerate(prompts):
         alone = segment(segmenter, image, [prompt], cache=cache)
         assert np.array_equal(alone.masks_PHW[0], masks.masks_PHW[row])
     assert len(segment(segmenter, image, [], cache=cache)) == 0
+    assert len(segmenter.seen) == 2
+
+
+def test_a_point_beyond_the_window_is_seen_in_the_whole_picture(segmenter: Counting) -> None:
+    far = Prompt(box=(120, 70, 150, 100), points=((20, 20),), labels=(0,))
+    near = Prompt(box=(120, 70, 150, 100), points=((110, 60),), labels=(0,))
+    segment(segmenter, picture(0, 200, 300), [far, near])
+    assert segmenter.seen == [(200, 300), (64, 64)]
 
 
 def test_a_box_beside_the_picture_is_refused_before_any_work(segmenter: Counting) -> None:

@@ -6,12 +6,12 @@ from gesso_core.annotate.masks import (
     Overlap,
     area,
     box_of_mask,
+    clip_to,
     decode_mask,
     encode_mask,
     mask_iou,
     overlap,
     pack_runs,
-    pairwise_iou,
     pooled,
     unpack_runs,
 )
@@ -53,11 +53,20 @@ def test_packed_runs_of_any_length_are_unpacked_again(runs: list[int]) -> None:
         ("~", "does not occur"),
         ([3, 4], "cover 7 pixels"),
         ([-1, 13], "cover 12 pixels"),
+        ([10**30], "cover 10+ pixels"),
+        ("o" * 20_000, "too long"),
     ],
 )
 def test_damaged_run_lengths_are_refused(counts: str | list[int], reason: str) -> None:
     with pytest.raises(InvalidRequest, match=reason):
         decode_mask({"size": [3, 4], "counts": counts})
+
+
+@pytest.mark.parametrize("size", [[-3, -4], [1_000_000, 1_000_000]])
+def test_a_mask_of_impossible_size_is_refused_before_it_is_unpacked(size: list[int]) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        decode_mask({"size": size, "counts": [size[0] * size[1]]})
+    assert refused.value.field == "size"
 
 
 def test_ignored_pixels_count_neither_as_hits_nor_as_mistakes() -> None:
@@ -80,11 +89,9 @@ def test_two_empty_masks_agree_on_nothing() -> None:
     assert box_of_mask(empty) == (0, 0, 0, 0)
 
 
-def test_pairwise_agreement_is_that_of_each_pair() -> None:
-    masks = np.random.default_rng(0).random((5, 9, 11)) > 0.5
-    masks[4] = False
-    table = pairwise_iou(masks[:3], masks)
-    assert table.shape == (3, 5)
-    for i in range(3):
-        for j in range(5):
-            assert table[i, j] == pytest.approx(mask_iou(masks[i], masks[j]))
+def test_a_clipped_mask_keeps_the_pixels_that_the_box_cuts() -> None:
+    clipped = clip_to(np.ones((20, 30), bool), (5.5, -3.0, 10.0, 12.2))
+    assert box_of_mask(clipped) == (5, 0, 10, 13)
+    assert area(clipped) == 5 * 13
+    grown = clip_to(np.ones((20, 30), bool), (5.0, 5.0, 10.0, 12.0), grow=1)
+    assert box_of_mask(grown) == (4, 4, 11, 13)

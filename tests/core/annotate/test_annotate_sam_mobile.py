@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from gesso_core.annotate import fetch
 from gesso_core.annotate.masks import mask_iou
-from gesso_core.annotate.segmenter.contract import Prompt, Segmenter
+from gesso_core.annotate.segmenter.contract import Embedding, Prompt, Segmenter
 from gesso_core.annotate.segmenter.load import load_segmenter
 from gesso_core.errors import WeightsError
 
@@ -28,9 +28,14 @@ def coins() -> tuple[np.ndarray, np.ndarray, list]:
     return np.repeat(gray[..., None], 3, axis=2), labelled, regions
 
 
+@pytest.fixture(scope="module")
+def coins_seen(sam_mobile: Segmenter) -> Embedding:
+    return sam_mobile.embed(coins()[0])
+
+
 @pytest.mark.parametrize("by", ["box", "centre"])
-def test_real_coins_are_cut_out(sam_mobile: Segmenter, by: str) -> None:
-    picture, labelled, regions = coins()
+def test_real_coins_are_cut_out(sam_mobile: Segmenter, coins_seen: Embedding, by: str) -> None:
+    _, labelled, regions = coins()
     assert len(regions) == 22
     prompts = []
     for region in regions:
@@ -38,7 +43,7 @@ def test_real_coins_are_cut_out(sam_mobile: Segmenter, by: str) -> None:
         y, x = region.centroid
         boxed = Prompt(box=(left, top, right, bottom))
         prompts.append(boxed if by == "box" else Prompt(points=((x, y),), labels=(1,)))
-    masks = sam_mobile.predict(sam_mobile.embed(picture), prompts)
+    masks = sam_mobile.predict(coins_seen, prompts)
     agreement = [
         mask_iou(mask, labelled == region.label)
         for mask, region in zip(masks.masks_PHW, regions, strict=True)
@@ -55,10 +60,12 @@ def test_files_that_are_here_are_checked_and_kept(sam_mobile_folder: Path) -> No
     assert before == {n: (sam_mobile_folder / n).stat().st_mtime_ns for n in fetch.SHA256}
 
 
-def test_files_may_come_from_a_folder(sam_mobile_folder: Path, tmp_path: Path) -> None:
+def test_files_may_come_from_a_folder(
+    sam_mobile: Segmenter, sam_mobile_folder: Path, tmp_path: Path
+) -> None:
     home = fetch.fetch_models(tmp_path, folder=sam_mobile_folder)
     assert home == tmp_path / "sam-mobile"
-    assert load_segmenter(store=tmp_path).sha256 == load_segmenter(sam_mobile_folder).sha256
+    assert load_segmenter(store=tmp_path).sha256 == sam_mobile.sha256
 
 
 def test_a_changed_file_is_refused_by_its_hash(tmp_path: Path) -> None:

@@ -151,6 +151,11 @@ def test_what_is_no_rgb_picture_is_refused(segmenter: Segmenter, shape: tuple[in
         segmenter.embed(np.zeros(shape, np.uint8))
 
 
+def test_a_side_longer_than_any_camera_makes_is_refused(segmenter: Segmenter) -> None:
+    with pytest.raises(InvalidRequest, match="at most 65,535 pixels a side"):
+        segmenter.embed(np.zeros((1, 65_536, 3), np.uint8))
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 40), (130, 3)])
 def test_pictures_of_extreme_shape_are_segmented(
     segmenter: Segmenter, size: tuple[int, int]

@@ -30,7 +30,7 @@ from gesso_core.annotate.char_sam.writers import (
     yolo_classes,
     yolo_lines,
 )
-from gesso_core.errors import InvalidRequest
+from gesso_core.errors import InvalidRequest, UnsafeFile
 from PIL import Image
 from skimage.draw import polygon2mask
 
@@ -97,9 +97,9 @@ def test_mlt_lines_name_their_script() -> None:
 
 @pytest.mark.parametrize("line", ["1,2,3,4,text", "1,2,9,2,x,8,1,8,text"])
 def test_a_malformed_line_is_named(line: str) -> None:
-    with pytest.raises(InvalidRequest, match="line 2") as caught:
-        read_icdar("1,2,9,2,9,8,1,8,fine\n" + line)
-    assert caught.value.field == "line 2"
+    with pytest.raises(InvalidRequest, match="line 3") as caught:
+        read_icdar("1,2,9,2,9,8,1,8,fine\n\n" + line)
+    assert caught.value.field == "line 3"
 
 
 def test_coco_text_takes_the_polygon_or_the_box_and_ignores_the_illegible() -> None:
@@ -126,8 +126,31 @@ def test_coco_text_without_its_tables_is_refused() -> None:
 
 
 def test_our_own_words_come_back_as_they_went() -> None:
-    words = {"a.jpg": [WordAnnotation(text="서울", polygon=POLYGON, script="hangul")]}
+    given = WordAnnotation(text="서울", polygon=POLYGON, script="hangul")
+    found = WordAnnotation(text="OPEN", polygon=POLYGON, source="ocr", confidence=0.75)
+    words = {"a.jpg": [given, found]}
     assert read_words_json(json.loads(json.dumps(words_to_json(words)))) == words
+
+
+@pytest.mark.parametrize(
+    ("entry", "field"),
+    [
+        (7, "[0]"),
+        ({"image": "a.jpg"}, "[0]"),
+        ({"image": "a.jpg", "words": [3]}, "[0].words[0]"),
+        ({"image": "a.jpg", "words": [{"text": "a"}]}, "[0].words[0]"),
+        ({"image": "a.jpg", "words": [{"text": "a", "polygon": 5}]}, "[0].words[0].polygon"),
+        ({"image": "a.jpg", "words": [{"text": "a", "polygon": [1, 2]}]}, "[0].words[0].polygon"),
+        (
+            {"image": "a.jpg", "words": [{"text": "a", "polygon": [], "source": "me"}]},
+            "[0].words[0].source",
+        ),
+    ],
+)
+def test_words_of_another_form_are_refused_by_their_place(entry: object, field: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        read_words_json([entry])  # type: ignore[list-item]
+    assert refused.value.field == field
 
 
 # pycocotools is older than the NumPy rule it breaks.
@@ -181,6 +204,16 @@ def test_holes_and_parts_are_loops_of_their_own() -> None:
     assert len(outlines(PlacedMask(0, 0, dotted()))) == 2
 
 
+def test_a_hole_with_more_corners_than_its_part_is_still_a_hole() -> None:
+    rows, columns = np.mgrid[0:40, 0:40]
+    plate = np.hypot(rows - 20, columns - 20) > 9
+    word = WordResult(
+        annotation=WordAnnotation(text="D", polygon=POLYGON), mask=PlacedMask(2, 0, plate)
+    )
+    (region,) = regions(PictureResult(size=SIZE, words=(word,)), shape="polygon")
+    assert np.array(region["value"]["points"]).min() < 4  # percent: the plate's edge, not the hole
+
+
 def test_yolo_polygons_come_back_as_masks(result: PictureResult) -> None:
     classes = yolo_classes([result])
     assert classes == ["i", "o"]
@@ -202,6 +235,15 @@ def test_the_png_holds_one_value_per_character_and_the_json_says_which(
         assert (values == entry["mask_value"]).sum() == wanted.mask.area
     assert entries[1]["ignore"]
     assert textseg_json(result) == entries
+
+
+@pytest.mark.parametrize("name", ["../a", "/a", "b/../../a"])
+def test_a_name_that_leads_out_of_the_folder_is_refused(
+    name: str, result: PictureResult, tmp_path
+) -> None:
+    with pytest.raises(UnsafeFile, match="not a file name inside"):
+        write_textseg(tmp_path / "set", name, np.zeros((*SIZE, 3), np.uint8), result)
+    assert not any(tmp_path.rglob("*.png"))
 
 
 def test_more_than_255_characters_need_16_bits(result: PictureResult) -> None:

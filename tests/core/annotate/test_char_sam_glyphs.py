@@ -11,7 +11,6 @@ from gesso_core.annotate.char_sam.merge import character_score, share_out
 from gesso_core.annotate.char_sam.refine_glyphs import (
     Candidate,
     choose,
-    clip_to,
     counters,
     glyph_prompt,
 )
@@ -117,10 +116,6 @@ def test_the_glyphs_mask_wins_unless_its_size_or_the_segmenter_speaks_against_it
     assert choose(box, Candidate(full, 0.8, 0.9), 100).predicted_iou == 0.8
     assert choose(box, Candidate(full, 0.7, 0.9), 100) is box
     assert choose(box, Candidate(full, 0.9, 0.9), 30) is box
-
-
-def test_masks_are_clipped_to_the_box_and_one_pixel_more() -> None:
-    assert clip_to(np.ones((20, 20), bool), (5.0, 5.0, 10.0, 12.0)).sum() == 7 * 9
 
 
 def test_the_colour_step_keeps_strokes_and_refuses_another_things_colour() -> None:

@@ -1,9 +1,13 @@
 """Graphemes, writing direction, and the order of a polygon's corners."""
 
+import numpy as np
 import pytest
+from gesso_core.annotate.char_sam.glyphs import font_set
 from gesso_core.annotate.char_sam.graphemes import graphemes, script_of, visual_order
 from gesso_core.annotate.char_sam.reading import reading_of
-from gesso_core.annotate.char_sam.words import WordAnnotation, signed_area
+from gesso_core.annotate.char_sam.rectify import rectify
+from gesso_core.annotate.char_sam.words import WordAnnotation, check_word, signed_area
+from gesso_core.errors import InvalidRequest
 
 SQUARE = ((10.0, 10.0), (110.0, 10.0), (110.0, 40.0), (10.0, 40.0))
 
@@ -24,6 +28,8 @@ def word(polygon, text="OPEN") -> WordAnnotation:
         ),
         ("\u1112\u1161\u11ab글", ["\u1112\u1161\u11ab", "글"]),
         ("नि", ["नि"]),
+        ("\u200fשל\u200eo", ["\u200fש", "ל\u200e", "o"]),
+        ("\ufeffa \u200bb", ["\ufeffa", " ", "\u200bb"]),
         ("", []),
     ],
 )
@@ -45,6 +51,16 @@ def test_right_to_left_text_is_turned_round_and_its_numbers_are_not() -> None:
     assert visual_order(list("שלום")) == [3, 2, 1, 0]
     clusters = list("שער 12")
     assert "".join(clusters[i] for i in visual_order(clusters)) == "12 רעש"
+
+
+def test_marks_that_nobody_sees_change_no_glyph() -> None:
+    fonts = font_set()
+    for plain, marked in (("ש", "\u200fש"), ("A", "A\u00ad")):
+        assert fonts.advance(marked) == fonts.advance(plain)
+        pairs = zip(fonts.templates(marked), fonts.templates(plain), strict=True)
+        assert all(np.array_equal(one.ink_hw, other.ink_hw) for one, other in pairs)
+    with pytest.raises(InvalidRequest, match="transcription is empty"):
+        check_word(word(SQUARE, " \u200f\ufeff"), (100, 200))
 
 
 def test_scripts_are_named() -> None:
@@ -69,6 +85,24 @@ def test_corners_given_crosswise_are_untangled() -> None:
     a, b, c, d = SQUARE
     reading = reading_of(word((a, c, b, d)))
     assert signed_area(reading.top + reading.bottom[::-1]) == 3000
+
+
+@pytest.mark.parametrize(
+    "corners",
+    [
+        ((10, 10), (100, 10), (200, 10), (100, 60)),
+        ((10, 10), (100, 40), (200, 10), (100, 60)),
+        ((10, 10), (200, 10), (200, 60), (200, 60)),
+        ((10, 10), (200, 35), (200, 35.1), (10, 60)),
+    ],
+    ids=["three on a line", "dented", "a corner twice", "running to a point"],
+)
+def test_corners_without_a_perspective_map_are_boxed_in(corners) -> None:
+    rectangle = rectify(reading_of(word(corners)))
+    assert np.isfinite(rectangle.grid_hw2).all()
+    there = rectangle.from_picture(*np.array(corners, float).T)
+    height, width = rectangle.size
+    assert ((there > -1) & (there < (width + 1, height + 1))).all()
 
 
 def test_a_tall_word_of_several_characters_is_read_downwards() -> None:

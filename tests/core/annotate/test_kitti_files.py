@@ -44,6 +44,7 @@ def test_a_malformed_calibration_line_is_refused(old: str, new: str, problem: st
     with pytest.raises(InvalidRequest, match=problem) as refused:
         parse_calibration(CALIBRATION.replace(old, new), "000001.txt")
     assert refused.value.field == "calibration"
+    assert "000001.txt" in refused.value.message
 
 
 def test_a_missing_calibration_file_is_named(tmp_path: Path) -> None:
@@ -112,12 +113,12 @@ def test_points_that_are_not_finite_are_left_out() -> None:
 
 
 def test_a_folder_lists_its_frames_by_name(tmp_path: Path) -> None:
-    for part, name in (("image_2", "000010.png"), ("image_2", "000002.png")):
+    for part, name in (("image_2", "000010.png"), ("image_2", "000002.PNG")):
         (tmp_path / "training" / part).mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (6, 4)).save(tmp_path / "training" / part / name)
     frames = list(open_folder(tmp_path))
     assert [frame.name for frame in frames] == ["000002", "000010"]
-    assert frames[0].size == (4, 6)
+    assert frames[0].picture().shape == (4, 6, 3)
     assert frames[0].labels() == []
     assert not frames[0].has_points
     with pytest.raises(InvalidRequest, match="calib"):

@@ -18,7 +18,7 @@ from gesso_core.annotate.slf.observations import observe, stack
 from gesso_core.annotate.slf.occupancy import occupied_voxels
 from gesso_core.annotate.slf.overlaps import OwnedMask, resolve
 from gesso_core.annotate.slf.prior import ShapePrior, extent_of, load_prior
-from gesso_core.annotate.slf.results import FittedCar, Flag
+from gesso_core.annotate.slf.results import FittedCar, Flag, picture_boxes
 from gesso_core.annotate.slf.scene import (
     Refused,
     Scene,
@@ -27,7 +27,7 @@ from gesso_core.annotate.slf.scene import (
     annotate_cars,
     annotate_scenes,
 )
-from gesso_core.annotate.slf.synthetic import SyntheticFrame, synthetic_frames
+from gesso_core.annotate.slf.synthetic import SyntheticFrame
 from gesso_core.errors import InvalidRequest
 
 torch.set_num_threads(1)
@@ -36,11 +36,6 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="module")
 def prior() -> ShapePrior:
     return load_prior()
-
-
-@pytest.fixture(scope="module")
-def frame() -> SyntheticFrame:
-    return next(synthetic_frames(1))
 
 
 @pytest.fixture(scope="module")
@@ -118,11 +113,12 @@ def test_eight_objects_cost_at_most_three_times_one(
     owned = OwnedMask(item.mask_HW, np.zeros_like(item.mask_HW))
     one = observe(owned, item.box, points, starts, scene.calibration, ground)
     eight = stack([one] * 8)
-    fit(one, prior)  # the first call pays for imports
+    few = FitOptions(coarse_steps=10, fine_steps=10, last_steps=10)
+    fit(one, prior, few)  # the first call pays for imports
 
     def cpu_seconds(seen) -> float:
         started = time.process_time()
-        fit(seen, prior, FitOptions(coarse_steps=10, fine_steps=10, last_steps=10))
+        fit(seen, prior, few)
         return time.process_time() - started
 
     one_s, eight_s = (min(cpu_seconds(seen) for _ in range(3)) for seen in (one, eight))
@@ -191,7 +187,7 @@ def blob(box: tuple[int, int, int, int]) -> SegmentedObject:
         (SegmentedObject(np.zeros((375, 1242), bool), (10, 10, 50, 50)), "mask is empty"),
         (replace(blob((10, 10, 50, 50)), box=(1300, 10, 1400, 50)), "outside the picture"),
         (replace(blob((10, 10, 50, 50)), box=(50, 10, 10, 50)), "left < right"),
-        (replace(blob((10, 10, 50, 50)), box=(math.nan, 10, 10, 50)), "left < right"),
+        (replace(blob((10, 10, 50, 50)), box=(10, 10, 50, math.nan)), "left < right"),
     ],
     ids=["sky", "empty", "outside", "crossed", "nan"],
 )
@@ -203,6 +199,26 @@ def test_one_bad_object_does_not_stop_the_others(
     assert isinstance(refused, Refused)
     assert reason in refused.reason
     assert isinstance(found, FittedCar)
+
+
+def test_a_refused_object_takes_no_pixels_from_the_others(
+    frame: SyntheticFrame, prior: ShapePrior
+) -> None:
+    good = frame.scene.objects[0]
+    beside = replace(good, box=(2000.0, 10.0, 2100.0, 374.0))  # lowest, so it would be nearest
+    scene = replace(frame.scene, objects=[beside, good])
+    refused, found = annotate_cars(scene, prior, SlfOptions(fit=FitOptions(coarse_steps=2)))
+    assert isinstance(refused, Refused)
+    assert isinstance(found, FittedCar)
+
+
+def test_a_shape_behind_the_camera_is_refused(
+    frame: SyntheticFrame, outcomes: list[FittedCar]
+) -> None:
+    mesh = outcomes[0].mesh
+    behind = replace(mesh, vertices_V3=mesh.vertices_V3 - np.array([0, 0, 99], np.float32))
+    with pytest.raises(InvalidRequest, match="not in front of the camera"):
+        picture_boxes(behind, frame.scene.calibration, (375, 1242))
 
 
 def test_a_scene_without_objects_has_no_boxes(frame: SyntheticFrame, prior: ShapePrior) -> None:

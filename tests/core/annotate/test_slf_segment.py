@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from gesso_core.annotate.segmenter.contract import Candidates, Embedding, Masks, Prompt
 from gesso_core.annotate.slf.segment import segment
-from gesso_core.annotate.slf.synthetic import SyntheticFrame, synthetic_frames
+from gesso_core.annotate.slf.synthetic import SyntheticFrame
 from gesso_core.errors import InvalidRequest
 
 PICTURE = np.zeros((375, 1242, 3), np.uint8)
@@ -43,11 +43,6 @@ class RuleSegmenter:
                 best_P=np.zeros(count, np.int64),
             ),
         )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def frame() -> SyntheticFrame:
-    return next(synthetic_frames(1))
 
 
 def test_a_box_keeps_the_mask_inside_it(frame: SyntheticFrame) -> None:

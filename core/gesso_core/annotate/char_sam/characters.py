@@ -15,15 +15,16 @@ from gesso_core.annotate.char_sam.glyphs import FontSet, turned
 from gesso_core.annotate.char_sam.ink import text_colour_ink
 from gesso_core.annotate.char_sam.merge import character_score, share_out
 from gesso_core.annotate.char_sam.refine_boxes import Segment
-from gesso_core.annotate.char_sam.refine_glyphs import Candidate, choose, clip_to, glyph_prompt
+from gesso_core.annotate.char_sam.refine_glyphs import Candidate, choose, glyph_prompt
 from gesso_core.annotate.char_sam.register import Registration, register, unregistered
 from gesso_core.annotate.char_sam.view import WordView, candidates
 from gesso_core.annotate.char_sam.words import Box, Flag
-from gesso_core.annotate.masks import Mask, mask_iou
+from gesso_core.annotate.masks import Mask, clip_to, mask_iou
 from gesso_core.annotate.segmenter.contract import Prompt, Segmenter
 
 # n characters   H, W crop   h, w flat word
 
+AROUND = 1.0  # pixels that a mask may reach over its box
 LEAST_IOU = 0.35  # a glyph that fits worse is not used
 FITS_BETTER = 0.05  # IoU with the glyphs by which the ink found first beats its second look
 CASE_GAIN = 0.08  # the other case must fit this much better to be believed
@@ -57,7 +58,7 @@ def cut_characters(
     boxes = [_inside(segment.box, view.size) for segment in segments]
     answer = segmenter.predict(view.embedding, [Prompt(box=box) for box in boxes])
     chosen = [
-        replace(seen, mask_HW=clip_to(seen.mask_HW, box))
+        replace(seen, mask_HW=clip_to(seen.mask_HW, box, grow=AROUND))
         for seen, box in zip(candidates(answer), boxes, strict=True)
     ]
     cuts = [
@@ -134,7 +135,7 @@ def _with_glyphs(
     chosen = list(seen)
     for number, prompt, answer in zip(asked, prompts, answers, strict=True):
         assert prompt.box is not None
-        clipped = replace(answer, mask_HW=clip_to(answer.mask_HW, prompt.box))
+        clipped = replace(answer, mask_HW=clip_to(answer.mask_HW, prompt.box, grow=AROUND))
         glyph_area = int(np.count_nonzero(cuts[number].glyph_HW))
         chosen[number] = choose(seen[number], clipped, glyph_area)
     return chosen

@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from gesso_core.annotate.char_sam.graphemes import is_extender
+from gesso_core.annotate.char_sam.graphemes import is_extender, visible
 from gesso_core.annotate.masks import Mask, box_of_mask
 from gesso_core.errors import InvalidRequest
 
 PIXELS = 128
+REMEMBERED = 2048  # characters whose pictures are kept
 SUFFIXES = (".ttf", ".otf", ".ttc", ".woff", ".woff2")
 SHIPPED = Path(str(files("gesso_core.annotate") / "fonts"))
 # Sans regular and bold, a bold serif, a bold condensed. A face is its files: one per script.
@@ -67,18 +68,23 @@ class FontSet:
 
     def __init__(self, faces: Sequence[Face]) -> None:
         self.faces = tuple(faces)
-        self._templates: dict[str, tuple[Template, ...]] = {}
+        self._remembered_templates = lru_cache(REMEMBERED)(self._draw_templates)
+        self._remembered_advance = lru_cache(REMEMBERED)(self._measure_advance)
 
     def templates(self, cluster: str) -> tuple[Template, ...]:
         """One template per font that has the character; none when no font does."""
-        if cluster not in self._templates:
-            found = [(face.name, face.font_of(cluster)) for face in self.faces]
-            drawn = [Template(name, _drawn(font, cluster)) for name, font in found if font]
-            self._templates[cluster] = tuple(t for t in drawn if t.ink_hw.size)
-        return self._templates[cluster]
+        return self._remembered_templates(visible(cluster))
 
     def advance(self, cluster: str) -> float:
         """Width of the character in the first font that has it, in em; 1 for unknown ones."""
+        return self._remembered_advance(visible(cluster))
+
+    def _draw_templates(self, cluster: str) -> tuple[Template, ...]:
+        found = [(face.name, face.font_of(cluster)) for face in self.faces]
+        drawn = [Template(name, _drawn(font, cluster)) for name, font in found if font]
+        return tuple(t for t in drawn if t.ink_hw.size)
+
+    def _measure_advance(self, cluster: str) -> float:
         if cluster.isspace():
             return 0.26
         for face in self.faces:

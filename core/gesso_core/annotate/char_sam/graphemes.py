@@ -14,17 +14,26 @@ _SYLLABLES = range(0xAC00, 0xD7A4)
 _FLAG_LETTERS = range(0x1F1E6, 0x1F200)
 _SKIN_TONES = range(0x1F3FB, 0x1F400)
 _TAGS = range(0xE0020, 0xE0080)
+# Marks of direction and of possible breaks: they stand in texts, never on a wall.
+_INVISIBLE = frozenset(
+    "\u00ad\u200b\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\u2066\u2067\u2068\u2069\ufeff"
+)
 
 
 def graphemes(text: str) -> list[str]:
     """The text cut into what a reader counts as characters, in logical order."""
     clusters: list[str] = []
     for character in text:
-        if clusters and _belongs(clusters[-1], character):
+        if clusters and (not visible(clusters[-1]) or _belongs(clusters[-1], character)):
             clusters[-1] += character
         else:
             clusters.append(character)
     return clusters
+
+
+def visible(cluster: str) -> str:
+    """The cluster without marks that nobody sees."""
+    return "".join(character for character in cluster if character not in _INVISIBLE)
 
 
 def is_extender(character: str) -> bool:
@@ -33,6 +42,7 @@ def is_extender(character: str) -> bool:
     return (
         unicodedata.category(character) in ("Mn", "Me", "Mc")
         or character in (_JOINER, "\u200c")
+        or character in _INVISIBLE
         or code in _SKIN_TONES
         or code in _TAGS
     )
@@ -71,8 +81,9 @@ def visual_order(clusters: list[str]) -> list[int]:
 
 def script_of(character: str) -> str:
     """The script's name as Unicode spells it in the character's name, e.g. "HANGUL"."""
-    name = unicodedata.name(character[0], "")
-    return name.split(" ")[0].split("-")[0] if name else f"U+{ord(character[0]):04X}"
+    first = (visible(character) or character)[0]
+    name = unicodedata.name(first, "")
+    return name.split(" ")[0].split("-")[0] if name else f"U+{ord(first):04X}"
 
 
 def _runs_leftward(cluster: str, base: bool, previous: bool | None) -> bool:
@@ -88,7 +99,8 @@ def _runs_leftward(cluster: str, base: bool, previous: bool | None) -> bool:
 def _belongs(cluster: str, character: str) -> bool:
     last, code, before = cluster[-1], ord(character), ord(cluster[-1])
     if is_extender(character):
-        return True
+        # Behind a space a mark belongs to what comes next: spaces stay spaces.
+        return not (cluster.isspace() and character in _INVISIBLE)
     if last == _JOINER and unicodedata.category(character) == "So":
         return True
     if code in _FLAG_LETTERS:

@@ -158,7 +158,7 @@ def _percent(mask: PlacedMask, size: tuple[int, int]) -> list[list[list[float]]]
     """Outer outlines in percent of the picture."""
     height, width = size
     loops = outlines(mask, tolerance=0.5)
-    # find_contours walks parts and holes in opposite directions; the longest loop is a part.
+    # find_contours walks parts and holes in opposite directions; the largest loop is a part.
     sign = np.sign(signed_area(loops[0])) if loops else 0
     return [
         [[100 * x / width, 100 * y / height] for x, y in loop]

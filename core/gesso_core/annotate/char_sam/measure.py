@@ -25,7 +25,8 @@ from gesso_core.annotate.char_sam.scenes import Scene, TrueCharacter
 from gesso_core.annotate.char_sam.settle import settle_ink
 from gesso_core.annotate.char_sam.view import WordView, candidates, local_box, look
 from gesso_core.annotate.char_sam.vote import vote
-from gesso_core.annotate.char_sam.words import Box, PlacedMask, hull_of
+from gesso_core.annotate.char_sam.words import PlacedMask, hull_of
+from gesso_core.annotate.kitti.boxes import iou_2d
 from gesso_core.annotate.masks import Mask, Overlap, overlap, pooled
 from gesso_core.annotate.segmenter.contract import Prompt, Segmenter
 
@@ -253,17 +254,10 @@ def _add_boxes(
         segments["reader"],
     )
     for source, boxes in zip(BOX_SOURCES, found, strict=True):
-        ious = {segment.index: segment.box for segment in boxes}
+        found_at = {segment.index: segment.box for segment in boxes}
         result.box_ious.setdefault(source, []).extend(
-            box_iou(ious[place], local_box(character.box, view.origin)) if place in ious else 0.0
+            float(iou_2d(found_at[place], local_box(character.box, view.origin))[0, 0])
+            if place in found_at
+            else 0.0
             for place, character in enumerate(truth)
         )
-
-
-def box_iou(a: Box, b: Box) -> float:
-    """Intersection over union of two upright boxes."""
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    both = max(width, 0.0) * max(height, 0.0)
-    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]
-    return both / max(sum(areas) - both, 1e-9)

@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 from skimage.measure import approximate_polygon, find_contours
 
-from gesso_core.annotate.char_sam.words import PlacedMask, Point
+from gesso_core.annotate.char_sam.words import PlacedMask, Point, signed_area
 
 Array = NDArray[np.float64]
 
 
 def outlines(mask: PlacedMask, *, tolerance: float = 0.0) -> list[list[Point]]:
-    """Closed loops (x, y) in picture pixels around the parts and holes of a mask, longest first.
+    """Closed loops (x, y) in picture pixels around the parts and holes of a mask, largest first.
 
     Args:
         tolerance: pixels the outline may deviate, to save points.
@@ -27,7 +27,7 @@ def outlines(mask: PlacedMask, *, tolerance: float = 0.0) -> list[list[Point]]:
         if len(kept) >= 3:
             # Index i of the padded window is the centre of pixel i - 1, at i - 0.5.
             loops.append([(mask.x + x - 0.5, mask.y + y - 0.5) for y, x in kept.tolist()])
-    return sorted(loops, key=len, reverse=True)
+    return sorted(loops, key=lambda loop: abs(signed_area(loop)), reverse=True)
 
 
 def single_outline(mask: PlacedMask, *, tolerance: float = 0.0) -> list[Point]:

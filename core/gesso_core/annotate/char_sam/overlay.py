@@ -1,14 +1,12 @@
 """Results to look at: characters in bright colours over a darkened picture."""
 
-import colorsys
-
 import numpy as np
 
 from gesso_core.annotate.char_sam.words import PictureResult
+from gesso_core.annotate.palette import colour_of
 from gesso_core.pipelines.pictures import Pixels
 
 DARKEN = 0.45
-GOLDEN = 0.381966  # of the colour circle between neighbours: no two look alike
 REFUSED = (120, 120, 120)
 
 
@@ -18,9 +16,8 @@ def overlay(picture_HW3: Pixels, result: PictureResult) -> Pixels:
     number = 0
     for word in result.words:
         for character in word.characters:
-            paint = np.array(colorsys.hsv_to_rgb(number * GOLDEN % 1, 0.9, 1.0)) * 255
+            paint = np.array(REFUSED if character.refused else colour_of(number, saturation=0.9))
             number += 1
             mask_HW = character.mask.paint(result.size)
-            paint = np.array(REFUSED) if character.refused else paint
             painted[mask_HW] = 0.25 * picture_HW3[mask_HW] + 0.75 * paint
     return painted.round().clip(0, 255).astype(np.uint8)

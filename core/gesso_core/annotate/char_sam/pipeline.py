@@ -19,6 +19,8 @@ from gesso_core.annotate.char_sam.glyphs import FontSet, font_set
 from gesso_core.annotate.char_sam.graphemes import graphemes
 from gesso_core.annotate.char_sam.judge import judged, word_flags, word_result
 from gesso_core.annotate.char_sam.ocr import TextReader
+from gesso_core.annotate.char_sam.reading import reading_of
+from gesso_core.annotate.char_sam.rectify import flat_size
 from gesso_core.annotate.char_sam.refine_boxes import Segment, even_boxes, refine_boxes
 from gesso_core.annotate.char_sam.remembering import Counted
 from gesso_core.annotate.char_sam.settle import settle_ink
@@ -166,8 +168,9 @@ class CharSam:
 
 def _does_not_fit(word: WordAnnotation, clusters: list[str]) -> str | None:
     x0, y0, x1, y1 = word.hull
-    long = max(x1 - x0, y1 - y0)
-    if len(word.polygon) == 4 and long < LEAST_WIDTH * len(clusters):
+    (_, columns), scale = flat_size(reading_of(word))
+    long = max(x1 - x0, y1 - y0) if len(word.polygon) == 4 else columns / scale
+    if long < LEAST_WIDTH * len(clusters) or columns < len(clusters):
         return (
             f"text does not fit: {len(clusters)} characters in a polygon of "
             f"{x1 - x0:.0f}x{y1 - y0:.0f} pixels"

@@ -8,9 +8,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from gesso_core.annotate.char_sam.words import Polygon, WordAnnotation
+from gesso_core.annotate.char_sam.words import Polygon, TranscriptionSource, WordAnnotation
 from gesso_core.errors import InvalidRequest
 
 IGNORED = "###"
@@ -41,10 +41,12 @@ def read_icdar(text: str, *, with_script: bool | None = None) -> list[WordAnnota
     Raises InvalidRequest naming the line that is not of this form.
     """
     words = []
-    lines = [line for line in text.lstrip("\ufeff").splitlines() if line.strip()]
-    scripts = [_script_field(line) for line in lines]
-    scripted = bool(lines) and all(scripts) if with_script is None else with_script
-    for number, line in enumerate(lines, start=1):
+    numbered = enumerate(text.lstrip("\ufeff").splitlines(), start=1)
+    lines = [(number, line) for number, line in numbered if line.strip()]
+    scripted = with_script
+    if scripted is None:
+        scripted = bool(lines) and all(_script_field(line) for _, line in lines)
+    for number, line in lines:
         fields = line.split(",", _ICDAR_NUMBERS + scripted)
         if len(fields) < _ICDAR_NUMBERS + 1 + scripted:
             raise InvalidRequest(
@@ -66,10 +68,10 @@ def read_coco_text(data: Mapping[str, Any]) -> dict[str, list[WordAnnotation]]:
     ``mask`` is the polygon, and ``bbox`` (x, y, width, height) stands in where it is missing.
     """
     pictures = _mapping(data, "imgs")
-    words: dict[str, list[WordAnnotation]] = {
-        str(entry["file_name"]): [] for entry in pictures.values()
-    }
-    names = {str(key): str(entry["file_name"]) for key, entry in pictures.items()}
+    names = {str(key): str(entry.get("file_name", "")) for key, entry in pictures.items()}
+    words: dict[str, list[WordAnnotation]] = {name: [] for name in names.values()}
+    if "" in words:
+        raise InvalidRequest("a picture of imgs has no file_name", field="imgs")
     for key, entry in _mapping(data, "anns").items():
         place = f"anns.{key}"
         picture = str(entry.get("image_id"))
@@ -92,14 +94,21 @@ def read_coco_text(data: Mapping[str, Any]) -> dict[str, list[WordAnnotation]]:
 
 
 def read_words_json(data: Sequence[Mapping[str, Any]]) -> dict[str, list[WordAnnotation]]:
-    """Our own form: a list of ``{image, words: [{text, polygon, script?, ignore?}]}``."""
+    """Our own form: a list of ``{image, words: [{text, polygon, script?, ignore?, source?}]}``.
+
+    ``source`` (given, or ocr) comes with ``confidence``.
+    """
     if not isinstance(data, Sequence) or isinstance(data, str):
         raise InvalidRequest("expected a list of pictures with their words", field="words.json")
     words = {}
     for number, entry in enumerate(data):
-        if "image" not in entry or "words" not in entry:
+        if (
+            not isinstance(entry, Mapping)
+            or "image" not in entry
+            or not isinstance(entry.get("words"), list)
+        ):
             raise InvalidRequest(
-                f"entry {number} has {sorted(entry)}; expected image and words",
+                f"entry {number} is {_shown(entry)}; expected image and a list of words",
                 field=f"[{number}]",
             )
         words[str(entry["image"])] = [
@@ -126,21 +135,38 @@ def load_json(path: Path) -> Any:
 
 
 def _own_word(word: Mapping[str, Any], place: str) -> WordAnnotation:
-    if "polygon" not in word or "text" not in word:
-        raise InvalidRequest(f"{place} has {sorted(word)}; expected text and polygon", field=place)
-    numbers = [number for point in word["polygon"] for number in point]
-    text = str(word["text"])
+    if not isinstance(word, Mapping) or "polygon" not in word or "text" not in word:
+        raise InvalidRequest(f"{place} is {_shown(word)}; expected text and polygon", field=place)
+    polygon = word["polygon"]
+    if not isinstance(polygon, list) or not all(
+        isinstance(point, list) and len(point) == 2 for point in polygon
+    ):
+        raise InvalidRequest(
+            f"{place}.polygon is {_shown(polygon)}; expected a list of points [x, y]",
+            field=f"{place}.polygon",
+        )
+    text, source = str(word["text"]), word.get("source", "given")
+    if source not in get_args(TranscriptionSource):
+        raise InvalidRequest(
+            f"{place}.source is {_shown(source)}; expected one of "
+            f"{', '.join(get_args(TranscriptionSource))}",
+            field=f"{place}.source",
+        )
+    ((confidence, _),) = _points([word.get("confidence", 1.0), 0], f"{place}.confidence")
+    script = word.get("script")
     return WordAnnotation(
         text=text,
-        polygon=_points(numbers, f"{place}.polygon"),
-        script=word.get("script"),
+        polygon=_points([number for point in polygon for number in point], f"{place}.polygon"),
+        script=None if script is None else str(script),
         ignore=bool(word.get("ignore", text == IGNORED)),
+        source=source,
+        confidence=confidence,
     )
 
 
 def _coco_polygon(entry: Mapping[str, Any], place: str) -> Polygon:
-    numbers = entry.get("mask") or []
-    if len(numbers) >= _ICDAR_NUMBERS:
+    numbers = entry.get("mask")
+    if isinstance(numbers, list) and len(numbers) >= _ICDAR_NUMBERS:
         return _points(numbers, f"{place}.mask")
     box = entry.get("bbox")
     if not isinstance(box, Sequence) or len(box) != 4:
@@ -169,11 +195,15 @@ def _points(numbers: Sequence[Any], place: str) -> Polygon:
 
 def _mapping(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     part = data.get(key) if isinstance(data, Mapping) else None
-    if not isinstance(part, Mapping):
+    if not isinstance(part, Mapping) or not all(isinstance(e, Mapping) for e in part.values()):
         raise InvalidRequest(
             f"no table {key!r}: COCO-Text v2 has imgs and anns, each by id", field=key
         )
     return part
+
+
+def _shown(value: object) -> str:
+    return repr(sorted(value) if isinstance(value, Mapping) else value)[:80]
 
 
 def _script_field(line: str) -> bool:

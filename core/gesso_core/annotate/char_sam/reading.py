@@ -4,9 +4,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import shapely
+
 from gesso_core.annotate.char_sam.graphemes import graphemes
 from gesso_core.annotate.char_sam.words import Point, Polygon, WordAnnotation, signed_area
 
+FLATTEST = 0.12  # share of a quadrilateral that the triangle at each of its corners must have
 TALL = 1.5  # a word of several characters this much taller than wide is written downwards
 STEEP = math.radians(60)
 
@@ -38,7 +41,7 @@ def reading_of(word: WordAnnotation) -> Reading:
     count = sum(not cluster.isspace() for cluster in graphemes(word.text))
     if len(word.polygon) > 4:
         return _ribbon(word.polygon)
-    corners = clockwise(untangled(word.polygon))
+    corners = clockwise(squared(untangled(word.polygon)))
     start, downward = _start_corner(corners, count)
     a, b, c, d = corners[start:] + corners[:start]
     if downward:
@@ -54,6 +57,22 @@ def untangled(polygon: Polygon) -> Polygon:
     turning = sorted(polygon, key=lambda point: math.atan2(point[1] - y, point[0] - x))
     first = turning.index(polygon[0])
     return tuple(turning[first:] + turning[:first])
+
+
+def squared(polygon: Polygon) -> Polygon:
+    """Four corners through which a word can be laid flat, the first one kept.
+
+    Where three of them lie on a line, nearly or quite, there is no perspective map: the smallest
+    turned rectangle around them stands in.
+    """
+    triangles = [signed_area((polygon[i - 2], polygon[i - 1], polygon[i])) for i in range(4)]
+    whole = abs(signed_area(polygon))
+    if min(map(abs, triangles)) >= FLATTEST * whole and _is_convex(polygon):
+        return polygon
+    rectangle = shapely.MultiPoint(polygon).minimum_rotated_rectangle
+    corners = tuple((float(x), float(y)) for x, y in rectangle.exterior.coords[:4])
+    first = min(range(4), key=lambda i: math.dist(corners[i], polygon[0]))
+    return corners[first:] + corners[:first]
 
 
 def clockwise(polygon: Polygon) -> Polygon:

@@ -116,11 +116,7 @@ class Rectangle:
 def rectify(reading: Reading, *, origin: tuple[float, float] = (0.0, 0.0)) -> Rectangle:
     """The rectangle of a word; ``origin`` is the corner of the crop it is looked at in."""
     top, bottom = (np.asarray(edge, float) - origin for edge in (reading.top, reading.bottom))
-    length = (_arc(top)[-1] + _arc(bottom)[-1]) / 2
-    depth = (math.dist(top[0], bottom[0]) + math.dist(top[-1], bottom[-1])) / 2
-    scale = min(max(1.0, MIN_HEIGHT / max(depth, 1e-6)), MAX_HEIGHT / max(depth, 1e-6))
-    scale = min(scale, MAX_WIDTH / max(length, 1e-6))
-    height, width = max(round(depth * scale), 4), max(round(length * scale), 4)
+    (height, width), scale = flat_size(reading)
     margin = math.ceil(MARGIN * height)
     u, v = np.meshgrid(
         np.arange(width + 2 * margin) + 0.5, np.arange(height + 2 * margin) + 0.5, indexing="xy"
@@ -135,6 +131,16 @@ def rectify(reading: Reading, *, origin: tuple[float, float] = (0.0, 0.0)) -> Re
     above, below = _along(top, along), _along(bottom, along)
     grid = above[None] + down[:, None, None] * (below - above)[None]
     return Rectangle(grid, margin, scale, reading.downward)
+
+
+def flat_size(reading: Reading) -> tuple[tuple[int, int], float]:
+    """(h, w) of a word laid out flat, without margins, and pixels of it per picture pixel."""
+    top, bottom = np.asarray(reading.top, float), np.asarray(reading.bottom, float)
+    length = (_arc(top)[-1] + _arc(bottom)[-1]) / 2
+    depth = (math.dist(top[0], bottom[0]) + math.dist(top[-1], bottom[-1])) / 2
+    scale = min(max(1.0, MIN_HEIGHT / max(depth, 1e-6)), MAX_HEIGHT / max(depth, 1e-6))
+    scale = min(scale, MAX_WIDTH / max(length, 1e-6))
+    return (max(round(depth * scale), 4), max(round(length * scale), 4)), scale
 
 
 def homography(source_42: Array, target_42: Array) -> Array:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import distance_transform_edt, label
 
 from gesso_core.annotate.masks import Mask, box_of_mask
-from gesso_core.annotate.segmenter.contract import BACKGROUND, OBJECT, Box, Prompt
+from gesso_core.annotate.segmenter.contract import BACKGROUND, OBJECT, Prompt
 
 # H, W crop of the picture
 
@@ -101,13 +101,3 @@ def choose(box: Candidate, glyph: Candidate, glyph_area: int) -> Candidate:
     ratio = np.count_nonzero(glyph.mask_HW) / max(glyph_area, 1)
     fits = AREA_RATIO[0] <= ratio <= AREA_RATIO[1]
     return glyph if fits and glyph.predicted_iou >= box.predicted_iou - WORSE else box
-
-
-def clip_to(mask_HW: Mask, box: Box, *, grow: float = 1.0) -> Mask:
-    """The mask inside a box grown by some pixels."""
-    x0, y0, x1, y1 = box
-    clipped_HW = np.zeros_like(mask_HW)
-    rows = slice(max(int(np.floor(y0 - grow)), 0), max(int(np.ceil(y1 + grow)), 0))
-    columns = slice(max(int(np.floor(x0 - grow)), 0), max(int(np.ceil(x1 + grow)), 0))
-    clipped_HW[rows, columns] = mask_HW[rows, columns]
-    return clipped_HW

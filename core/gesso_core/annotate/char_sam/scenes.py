@@ -12,8 +12,10 @@ from PIL import Image
 from gesso_core.annotate.char_sam.readers import load_json, read_words_json
 from gesso_core.annotate.char_sam.words import Box, WordAnnotation
 from gesso_core.annotate.masks import Mask
+from gesso_core.annotate.pictures import open_picture
 from gesso_core.errors import InvalidRequest
-from gesso_core.pipelines.pictures import Pixels, decode_picture
+from gesso_core.pipelines.pictures import Pixels
+from gesso_core.safe_files import inside
 
 # H, W picture
 
@@ -54,10 +56,10 @@ def load_scenes(folder: Path) -> list[Scene]:
     return [
         Scene(
             name=Path(entry["image"]).stem,
-            picture_HW3=decode_picture((folder / entry["image"]).read_bytes()),
+            picture_HW3=open_picture(inside(folder, entry["image"])),
             words=tuple(annotated[entry["image"]]),
             characters=tuple(_characters(word["chars"]) for word in entry["words"]),
-            values_HW=_values(folder / entry["char_mask"]),
+            values_HW=_values(inside(folder, entry["char_mask"])),
         )
         for entry in entries
     ]
@@ -71,7 +73,7 @@ def load_photographs(folder: Path, *, script: str = "latin") -> list[Scene]:
     for entry in entries:
         if not entry.get("reference_mask"):
             continue
-        values_HW = _values(folder / entry["reference_mask"])
+        values_HW = _values(inside(folder, entry["reference_mask"]))
         kept = [
             (number, word)
             for number, word in enumerate(annotated[entry["image"]], start=1)
@@ -81,7 +83,7 @@ def load_photographs(folder: Path, *, script: str = "latin") -> list[Scene]:
         scenes.append(
             Scene(
                 name=Path(entry["image"]).stem,
-                picture_HW3=decode_picture((folder / entry["image"]).read_bytes()),
+                picture_HW3=open_picture(inside(folder, entry["image"])),
                 words=tuple(word for _, word in kept),
                 characters=tuple(() for _ in kept),
                 values_HW=_renumbered(values_HW, numbers),

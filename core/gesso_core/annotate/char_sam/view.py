@@ -4,7 +4,6 @@ Everything below works in pixels of the crop. A word is embedded by itself, what
 picture: characters are too small for the segmenter otherwise.
 """
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,12 +22,10 @@ from gesso_core.annotate.char_sam.refine_glyphs import Candidate
 from gesso_core.annotate.char_sam.words import Box, Point, WordAnnotation, polygon_mask
 from gesso_core.annotate.masks import Mask
 from gesso_core.annotate.segmenter.contract import Embedding, Masks, Prompt, Segmenter
+from gesso_core.annotate.segmenter.crops import window_around
 from gesso_core.pipelines.pictures import Pixels
 
 # H, W the crop
-
-AROUND = 0.5  # of the word's height, kept on every side
-SMALLEST = 64  # pixels of the crop's sides, where the picture allows
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -65,7 +62,7 @@ class WordView:
 def look(picture_HW3: Pixels, word: WordAnnotation, segmenter: Segmenter) -> WordView:
     """Crop, embed and flatten a word, and ask the segmenter for it once."""
     size = (picture_HW3.shape[0], picture_HW3.shape[1])
-    x0, y0, x1, y1 = crop_around(word.hull, size)
+    x0, y0, x1, y1 = window_around(word.hull, size)
     crop_HW3 = np.ascontiguousarray(picture_HW3[y0:y1, x0:x1])
     reading = reading_of(word)
     rectangle = rectify(reading, origin=(x0, y0))
@@ -90,21 +87,6 @@ def look(picture_HW3: Pixels, word: WordAnnotation, segmenter: Segmenter) -> Wor
         colour=colour,
         ink_HW=text_colour_ink(lab_HW3, inside_HW, colour.mask_HW, seed_HW),
         word=seen,
-    )
-
-
-def crop_around(hull: Box, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """The window (x0, y0, x1, y1) of a word: half its smaller side around it, at least 64 px."""
-    x0, y0, x1, y1 = hull
-    around = AROUND * min(x1 - x0, y1 - y0)
-    more_x = max(around, (SMALLEST - (x1 - x0)) / 2)
-    more_y = max(around, (SMALLEST - (y1 - y0)) / 2)
-    height, width = size
-    return (
-        max(0, math.floor(x0 - more_x)),
-        max(0, math.floor(y0 - more_y)),
-        min(width, math.ceil(x1 + more_x)),
-        min(height, math.ceil(y1 + more_y)),
     )
 
 

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import numpy as np
+import shapely
 from numpy.typing import NDArray
 from skimage.draw import polygon2mask
 
-from gesso_core.annotate.char_sam.graphemes import graphemes
+from gesso_core.annotate.char_sam.graphemes import visible
 from gesso_core.annotate.masks import Mask
 from gesso_core.errors import InvalidRequest
 
@@ -187,9 +188,12 @@ def check_word(word: WordAnnotation, size: tuple[int, int], *, name: str = "word
     if not all(math.isfinite(number) for point in word.polygon for number in point):
         raise InvalidRequest("the polygon has a coordinate that is not finite", field=place)
     x0, y0, x1, y1 = word.hull
-    if x1 - x0 < 2 or y1 - y0 < 2 or abs(signed_area(word.polygon)) < 4:
+    # Not the polygon's own area: that of corners given crosswise is 0.
+    covered = shapely.MultiPoint(word.polygon).convex_hull.area
+    if x1 - x0 < 2 or y1 - y0 < 2 or covered < 4:
         raise InvalidRequest(
-            f"the polygon spans {x1 - x0:g}x{y1 - y0:g} pixels; a word needs at least 2x2",
+            f"the polygon spans {x1 - x0:g}x{y1 - y0:g} pixels and covers {covered:g}; a word "
+            "needs at least 2x2",
             field=place,
         )
     height, width = size
@@ -199,7 +203,7 @@ def check_word(word: WordAnnotation, size: tuple[int, int], *, name: str = "word
             "coordinates are pixels (x, y) of the upright picture",
             field=place,
         )
-    if not word.ignore and not any(not cluster.isspace() for cluster in graphemes(word.text)):
+    if not word.ignore and not visible(word.text).strip():
         raise InvalidRequest(
             "the transcription is empty; give the text, or mark the word as ignored",
             field=f"{name}.text",

@@ -21,6 +21,7 @@ from gesso_core.annotate.char_sam.words import (
 )
 from gesso_core.annotate.masks import box_of_mask, encode_mask
 from gesso_core.pipelines.pictures import Pixels, encode_picture
+from gesso_core.safe_files import inside
 
 # H, W picture
 
@@ -121,11 +122,12 @@ def yolo_lines(
     height, width = result.size
     lines = []
     for character in (c for word in result.words for c in word.characters):
-        outline = single_outline(character.mask, tolerance=tolerance)
-        if character.refused is not None or not outline or character.char not in classes:
+        if character.refused is not None or character.char not in classes:
             continue
-        numbers = " ".join(f"{x / width:.6f} {y / height:.6f}" for x, y in outline)
-        lines.append(f"{classes.index(character.char)} {numbers}")
+        outline = single_outline(character.mask, tolerance=tolerance)
+        if outline:
+            numbers = " ".join(f"{x / width:.6f} {y / height:.6f}" for x, y in outline)
+            lines.append(f"{classes.index(character.char)} {numbers}")
     return lines
 
 
@@ -184,12 +186,16 @@ def textseg_json(result: PictureResult) -> list[dict[str, Any]]:
 
 
 def write_textseg(folder: Path, name: str, picture_HW3: Pixels, result: PictureResult) -> None:
-    """One picture of a TextSeg-like folder: image/, annotation/ (JSON) and mask/ (PNG)."""
+    """One picture of a TextSeg-like folder: image/, annotation/ (JSON) and mask/ (PNG).
+
+    Raises UnsafeFile for a name that leads out of the folder.
+    """
     entries = json.dumps(textseg_json(result), ensure_ascii=False, indent=1)
     for part, suffix, content in (
         ("image", "png", encode_picture(picture_HW3)),
         ("mask", "png", indexed_png(result)),
         ("annotation", "json", entries.encode()),
     ):
-        (folder / part).mkdir(parents=True, exist_ok=True)
-        (folder / part / f"{name}.{suffix}").write_bytes(content)
+        path = inside(folder / part, f"{name}.{suffix}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)

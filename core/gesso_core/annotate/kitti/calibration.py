@@ -29,18 +29,21 @@ class Calibration:
     rectification: Floats  # R0, (3, 3)
     velo_to_cam: Floats  # Tr_velo_to_cam, (3, 4)
 
+    source: str = "calibration"  # how errors call it
+
     def __post_init__(self) -> None:
         pairs = zip(_SIZES.items(), self._matrices(), strict=True)
         for (name, size), matrix in pairs:
             if matrix.shape != size or not np.isfinite(matrix).all():
-                raise _malformed(name, f"needs {size[0]} x {size[1]} finite numbers")
+                problem = f"needs {size[0]} x {size[1]} finite numbers"
+                raise _malformed(name, problem, self.source)
         for name, square in (
             ("P2", self.projection[:, :3]),
             ("R0_rect", self.rectification),
             ("Tr_velo_to_cam", self.velo_to_cam[:, :3]),
         ):
             if abs(np.linalg.det(square)) < 1e-9:
-                raise _malformed(name, "cannot be inverted")
+                raise _malformed(name, "cannot be inverted", self.source)
 
     def _matrices(self) -> tuple[Floats, Floats, Floats]:
         return self.projection, self.rectification, self.velo_to_cam
@@ -70,13 +73,13 @@ class Calibration:
         return float(self.projection[0, 0])
 
     def rect_from_velo(self, points_velo_N3: ArrayLike) -> Floats:
-        """LiDAR points in the rectified camera frame."""
+        """LiDAR points in the rectified camera frame, (N, 3) metres; a fourth column is ignored."""
         points = np.asarray(points_velo_N3, dtype=np.float64)[:, :3]
         camera = points @ self.velo_to_cam[:, :3].T + self.velo_to_cam[:, 3]
         return camera @ self.rectification.T
 
     def velo_from_rect(self, points_rect_N3: ArrayLike) -> Floats:
-        """The inverse of `rect_from_velo`."""
+        """The inverse of `rect_from_velo`, (N, 3)."""
         points = np.asarray(points_rect_N3, dtype=np.float64)
         camera = np.linalg.solve(self.rectification, points.T).T - self.velo_to_cam[:, 3]
         return np.asarray(np.linalg.solve(self.velo_to_cam[:, :3], camera.T).T, np.float64)
@@ -92,7 +95,7 @@ class Calibration:
             return abc[:, :2] / abc[:, 2:], abc[:, 2]
 
     def in_image(self, points_rect_N3: ArrayLike, width: int, height: int) -> NDArray[np.bool_]:
-        """Which points lie in front of the camera and project into the picture."""
+        """Which points lie in front of the camera and project into the picture, (N,)."""
         points = np.asarray(points_rect_N3, dtype=np.float64)
         uv, _ = self.project(points)
         u, v = uv[:, 0], uv[:, 1]
@@ -123,7 +126,8 @@ def parse_calibration(text: str, source: str = "calibration") -> Calibration:
         if name not in lines:
             have = ", ".join(sorted(lines)) or "no named lines"
             raise _malformed(name, f"is missing; the file has {have}", source)
-    return Calibration(*(_matrix(name, lines[name], source) for name in _SIZES))
+    p2, r0, velo_to_cam = (_matrix(name, lines[name], source) for name in _SIZES)
+    return Calibration(p2, r0, velo_to_cam, source)
 
 
 def _named_numbers(text: str, source: str) -> list[tuple[str, list[str]]]:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from gesso_core.annotate.kitti.calibration import Calibration, read_calibration
 from gesso_core.annotate.kitti.labels import KittiObject, read_labels
+from gesso_core.annotate.pictures import open_picture
 from gesso_core.errors import InvalidRequest
-from gesso_core.pipelines.pictures import Pixels, decode_picture
+from gesso_core.pipelines.pictures import Pixels
 
 _PICTURES = (".png", ".jpg", ".jpeg")
 _BYTES_PER_POINT = 16  # x, y, z, reflectance in float32
@@ -53,21 +53,15 @@ class KittiFrame:
     @cached_property
     def picture_path(self) -> Path:
         """The picture of camera 2."""
-        for suffix in _PICTURES:
+        for suffix in (*_PICTURES, *map(str.upper, _PICTURES)):
             path = self.root / "image_2" / f"{self.name}{suffix}"
             if path.exists():
                 return path
-        raise InvalidRequest(f"{self.root / 'image_2'} has no picture {self.name}", field="picture")
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(height, width) of the picture in pixels."""
-        with Image.open(self.picture_path) as picture:
-            return picture.height, picture.width
+        raise InvalidRequest(f"{self.root / 'image_2'} has no picture {self.name}", field="image")
 
     def picture(self) -> Pixels:
-        """The picture, uint8 RGB."""
-        return decode_picture(self.picture_path.read_bytes())
+        """The picture, uint8 RGB (H, W, 3)."""
+        return open_picture(self.picture_path)
 
     def calibration(self) -> Calibration:
         """Raises InvalidRequest where the file is missing or malformed."""

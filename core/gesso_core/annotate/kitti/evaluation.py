@@ -19,7 +19,7 @@ from gesso_core.errors import InvalidRequest
 Metric = Literal["image", "bev", "3d"]
 Frame = Sequence[KittiObject]
 RECALL_POINTS = 40
-# A detection of this neighbour class, or an object of it, is never counted as a mistake.
+# Ground truth of the neighbour class is ignored: to find one neither gains nor costs.
 NEIGHBOURS = {"car": "van", "pedestrian": "person_sitting"}
 
 
@@ -88,6 +88,9 @@ def evaluate(
 
     Args:
         truths, detections: the objects of each frame, in the same order; detections have scores.
+        kind: the class, in any case.
+        metric: overlap in the picture, of the ground rectangles, or of the volumes.
+        min_overlap: what a match must exceed, 0..1.
 
     Raises:
         InvalidRequest: lists of different length, or a detection without a score.

@@ -96,6 +96,13 @@ def _best(logits_PMLL: Tensor, iou_PM: Tensor) -> tuple[Tensor, Tensor]:
 def _masks(
     masks_PMHW: np.ndarray, low_res_PMLL: np.ndarray, iou_PM: np.ndarray, stability_PM: np.ndarray
 ) -> Masks:
+    if iou_PM.shape[1] == 1:  # views: the masks of large pictures are not copied
+        return Masks(
+            masks_PHW=masks_PMHW[:, 0],
+            low_res_PLL=low_res_PMLL[:, 0],
+            predicted_iou_P=iou_PM[:, 0],
+            stability_P=stability_PM[:, 0],
+        )
     rows, best_P = np.arange(len(iou_PM)), iou_PM.argmax(axis=1)
     return Masks(
         masks_PHW=masks_PMHW[rows, best_P],
@@ -108,7 +115,5 @@ def _masks(
             predicted_iou_PM=iou_PM,
             stability_PM=stability_PM,
             best_P=best_P,
-        )
-        if iou_PM.shape[1] > 1
-        else None,
+        ),
     )

@@ -29,6 +29,7 @@ Flags = NDArray[np.bool_]
 
 OBJECT: Final = 1
 BACKGROUND: Final = 0
+MAX_SIDE: Final = 65_535  # as in JPEG; working memory grows with the sides of a picture
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -184,11 +185,16 @@ def embedding_key(picture_HW3: Pixels, model_sha256: str) -> str:
 
 
 def check_picture(picture_HW3: Pixels) -> None:
-    """Raise InvalidRequest unless this is a uint8 RGB picture with at least one pixel."""
+    """Raise InvalidRequest unless this is a uint8 RGB picture of 1 to 65,535 pixels a side."""
     shape = picture_HW3.shape
     if picture_HW3.dtype != np.uint8 or len(shape) != 3 or shape[2] != 3 or 0 in shape:
         raise InvalidRequest(
             f"a picture is {picture_HW3.dtype} of shape {shape}; expected uint8 (height, width, 3)",
+            field="image",
+        )
+    if max(shape) > MAX_SIDE:
+        raise InvalidRequest(
+            f"the picture is {shape[1]}x{shape[0]}; at most {MAX_SIDE:,} pixels a side",
             field="image",
         )
 

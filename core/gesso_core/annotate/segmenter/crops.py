@@ -7,6 +7,7 @@ window: the box and half its shorter side around it, at least 64 px.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -31,11 +32,15 @@ LEAST_WINDOW: Final = 64
 
 def crop_window(box: Box, size: tuple[int, int]) -> PixelBox | None:
     """The window (x0, y0, x1, y1) through which to look at a box; None for the whole picture."""
-    x0, y0, x1, y1 = box
-    shorter = min(x1 - x0, y1 - y0)
-    if shorter >= SMALL * max(size):
+    if min(box[2] - box[0], box[3] - box[1]) >= SMALL * max(size):
         return None
-    margin = MARGIN * shorter
+    return window_around(box, size)
+
+
+def window_around(box: Box, size: tuple[int, int]) -> PixelBox:
+    """The box and its surroundings (x0, y0, x1, y1), as far as a picture of (H, W) reaches."""
+    x0, y0, x1, y1 = box
+    margin = MARGIN * min(x1 - x0, y1 - y0)
     left, right = _span(x0 - margin, x1 + margin, size[1])
     top, bottom = _span(y0 - margin, y1 + margin, size[0])
     return left, top, right, bottom
@@ -51,18 +56,16 @@ def segment(
 ) -> Masks:
     """One mask per prompt at the picture's size, small boxes through windows.
 
-    Prompts without a box, or with a former mask, look at the whole picture. Prompts whose windows
-    are equal share an embedding; where each looked decides what its ``low_res_PLL`` covers.
+    Prompts without a box, with a former mask, or with a point beyond their window look at the whole
+    picture. Prompts whose windows are equal share an embedding; where each looked decides what its
+    ``low_res_PLL`` covers.
     """
     check_picture(picture_HW3)
     size = picture_HW3.shape[:2]
     check_prompts(prompts, size)
     windows: dict[PixelBox | None, list[int]] = {}
     for place, prompt in enumerate(prompts):
-        window = None
-        if prompt.box is not None and prompt.mask_LL is None:
-            window = crop_window(prompt.box, size)
-        windows.setdefault(window, []).append(place)
+        windows.setdefault(_window_of(prompt, size), []).append(place)
     answers = [
         predict_in_window(
             segmenter,
@@ -96,10 +99,22 @@ def predict_in_window(
         window = (0, 0, picture_HW3.shape[1], picture_HW3.shape[0])
     x0, y0, x1, y1 = window
     seen_HW3 = np.ascontiguousarray(picture_HW3[y0:y1, x0:x1])
-    embedding = cache.embed(segmenter, seen_HW3) if cache else segmenter.embed(seen_HW3)
+    # An empty cache has the length 0, which counts as false.
+    embed = segmenter.embed if cache is None else partial(cache.embed, segmenter)
+    embedding = embed(seen_HW3)
     moved = [_moved(prompt, -x0, -y0) for prompt in prompts]
     masks = segmenter.predict(embedding, moved, multimask=multimask)
     return _put_back(masks, window, picture_HW3.shape[:2])
+
+
+def _window_of(prompt: Prompt, size: tuple[int, int]) -> PixelBox | None:
+    if prompt.box is None or prompt.mask_LL is not None:
+        return None
+    window = crop_window(prompt.box, size)
+    if window is None:
+        return None
+    x0, y0, x1, y1 = window
+    return window if all(x0 <= x <= x1 and y0 <= y <= y1 for x, y in prompt.points) else None
 
 
 def _span(low: float, high: float, length: int) -> tuple[int, int]:

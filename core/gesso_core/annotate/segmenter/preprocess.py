@@ -92,20 +92,18 @@ def pixel_values(
     return filled_3EE
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def _stretch(low: int, edge: int, kept: int, wanted: int) -> Tensor:
     """Bilinear low → edge, the first ``kept`` of it, bilinear kept → wanted: (wanted, low)."""
-    return (_bilinear(kept, wanted) @ _bilinear(low, edge)[:kept]).float()
+    frame = _bilinear(torch.eye(low, dtype=torch.float64), edge)
+    return _bilinear(frame[:kept], wanted).float()
 
 
-def _bilinear(given: int, wanted: int) -> Tensor:
-    """The matrix (wanted, given) of linear interpolation between pixel centres, edges repeated."""
+def _bilinear(given_NC: Tensor, wanted: int) -> Tensor:
+    """Rows interpolated linearly between pixel centres, the outermost repeated: (wanted, C)."""
+    given = len(given_NC)
     place = ((torch.arange(wanted, dtype=torch.float64) + 0.5) * given / wanted - 0.5).clamp(min=0)
     left = place.long().clamp(max=given - 1)
     right = (left + 1).clamp(max=given - 1)
-    share = place - left
-    rows = torch.arange(wanted)
-    matrix = torch.zeros(wanted, given, dtype=torch.float64)
-    matrix[rows, left] = 1 - share
-    matrix[rows, right] += share
-    return matrix
+    share = (place - left)[:, None]
+    return (1 - share) * given_NC[left] + share * given_NC[right]

@@ -2,7 +2,6 @@
 
 # N objects   V vertices   F faces   H, W picture
 
-import colorsys
 from collections.abc import Sequence
 from typing import Final
 
@@ -14,12 +13,10 @@ from gesso_core.annotate.kitti.boxes import BOX_EDGES, corners
 from gesso_core.annotate.kitti.calibration import Calibration
 from gesso_core.annotate.kitti.labels import KittiObject, boxes3d
 from gesso_core.annotate.masks import Mask
+from gesso_core.annotate.palette import Colour, colour_of
 from gesso_core.annotate.slf.meshes import Mesh
 from gesso_core.pipelines.pictures import Pixels
 
-Colour = tuple[int, int, int]
-
-GOLDEN: Final = 0.381966  # of the colour circle between neighbours: no two look alike
 NEAREST: Final = 0.1  # metres of depth that an end of a drawn line needs
 FRONT: Final = (0, 1, 4, 5)  # corners at the front of a box
 # The view from above: metres ahead, metres to each side, pixels per metre.
@@ -89,12 +86,6 @@ def one_mesh(meshes: Sequence[Mesh]) -> Mesh:
             [mesh.faces_F3 + np.uint32(start) for mesh, start in zip(meshes, starts, strict=False)]
         ),
     )
-
-
-def colour_of(number: int) -> Colour:
-    """The colour of an object, by its place."""
-    r, g, b = colorsys.hsv_to_rgb(number * GOLDEN % 1, 0.8, 1.0)
-    return round(255 * r), round(255 * g), round(255 * b)
 
 
 def _draw_box(

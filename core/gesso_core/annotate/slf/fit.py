@@ -49,13 +49,13 @@ class FitOptions:
 
 
 class Energies(NamedTuple):
-    """Terms of the energy per row, unweighted; metres where not a ratio."""
+    """Terms of the energy per row, unweighted."""
 
-    mask: Tensor
-    points: Tensor
-    free_space: Tensor
-    ground: Tensor
-    shape: Tensor
+    mask: Tensor  # 1 - Dice coefficient
+    points: Tensor  # mean Huber error of the distance at the returns, over its knee
+    free_space: Tensor  # metres that the shape reaches before the returns
+    ground: Tensor  # square metres: height above the ground, squared
+    shape: Tensor  # mean square of the code
 
     def total(self, options: FitOptions) -> Tensor:
         """The weighted sum, (R,)."""
@@ -189,13 +189,14 @@ def _energies(
     rays, surface, *free = torch.split(distance, sizes, dim=1)
     near = F.huber_loss(surface, torch.zeros_like(surface), reduction="none", delta=options.huber)
     weight = view.returns.weight_BN
+    few_weight = weight[:, ::FREE_EVERY]
     intrusion = torch.stack([F.relu(-d) for d in free]).mean(dim=0)
     x, y, z = rows.position_R3.unbind(-1)
     a, b, c = view.ground_R3.unbind(-1)
     return Energies(
         mask=dice_error(soft(rays), view.raster.mask_BP, view.raster.weight_BP),
         points=(weight * near).sum(-1) / options.huber,
-        free_space=(weight[:, ::FREE_EVERY] * intrusion).sum(-1) * FREE_EVERY,
+        free_space=(few_weight * intrusion).sum(-1) / few_weight.sum(-1).clamp_min(1e-9),
         ground=(y - (a * x + b * z + c)).square(),
         shape=rows.code_RK.square().mean(-1),
     )

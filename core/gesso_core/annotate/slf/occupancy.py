@@ -29,9 +29,12 @@ def occupied_voxels(
     surface = calibration.velo_from_rect(car.mesh.vertices_V3)
     low = np.floor(surface.min(axis=0) / voxel).astype(int)
     high = np.floor(surface.max(axis=0) / voxel).astype(int)
-    axes = [np.arange(a, b + 1) for a, b in zip(low, high, strict=True)]
-    index = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
-    centres = torch.from_numpy(calibration.rect_from_velo((index + 0.5) * voxel)).float()
-    pose = Pose.from_rows(torch.tensor([car.pose]))
-    distance = sample(prior.grid(torch.tensor([car.code])), object_from_camera(centres[None], pose))
-    return np.asarray(index[distance[0].numpy() < 0], np.int64)
+    across = [np.arange(a, b + 1) for a, b in zip(low[1:], high[1:], strict=True)]
+    pose, grid = Pose.from_rows(torch.tensor([car.pose])), prior.grid(torch.tensor([car.code]))
+    filled = []
+    for ahead in range(low[0], high[0] + 1):  # slice by slice: a car has millions of centimetres
+        index = np.stack(np.meshgrid([ahead], *across, indexing="ij"), axis=-1).reshape(-1, 3)
+        centres = torch.from_numpy(calibration.rect_from_velo((index + 0.5) * voxel)).float()
+        distance = sample(grid, object_from_camera(centres[None], pose))
+        filled.append(index[distance[0].numpy() < 0])
+    return np.concatenate(filled).astype(np.int64)

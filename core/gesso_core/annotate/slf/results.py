@@ -20,6 +20,7 @@ from gesso_core.annotate.slf.overlaps import Box2D
 from gesso_core.annotate.slf.prior import ShapePrior, extent_of
 from gesso_core.annotate.slf.sdf import Pose, camera_from_object
 from gesso_core.annotate.slf.silhouettes import silhouette
+from gesso_core.errors import InvalidRequest
 
 Floats = NDArray[np.float64]
 
@@ -88,7 +89,10 @@ class Fitted:
 def describe(
     index: int, fitted: Fitted, prior: ShapePrior, calibration: Calibration, evidence: Evidence
 ) -> FittedCar:
-    """All columns of the label, score and flags."""
+    """All columns of the label, score and flags.
+
+    Raises InvalidRequest for a shape that is empty, or wholly behind the camera.
+    """
     grid = prior.grid(fitted.code_1K)
     extent = extent_of(grid)
     bottom = fitted.code_1K.new_tensor([[[(extent.rear + extent.front) / 2, extent.bottom, 0.0]]])
@@ -152,6 +156,11 @@ def picture_boxes(
 ) -> tuple[Box2D, Box2D]:
     """Box around the projected shape, and the part of it inside the picture."""
     points = mesh.vertices_V3[mesh.vertices_V3[:, 2] > _NEAREST]
+    if not len(points):
+        raise InvalidRequest(
+            "the fitted shape is not in front of the camera; prompt another object",
+            field="objects",
+        )
     uv, _ = calibration.project(points)
     low, high = uv.min(axis=0), uv.max(axis=0)
     last = np.array([shape_HW[1] - 1, shape_HW[0] - 1])

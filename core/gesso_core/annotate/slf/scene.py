@@ -25,7 +25,7 @@ from gesso_core.annotate.slf.overlaps import Box2D, OwnedMask, leave_alone, reso
 from gesso_core.annotate.slf.prior import ShapePrior, extent_of
 from gesso_core.annotate.slf.results import HEADING_MARGIN, Evidence, Fitted, FittedCar, describe
 from gesso_core.annotate.slf.sdf import Pose
-from gesso_core.errors import InvalidRequest, NumericalError
+from gesso_core.errors import InvalidRequest
 
 Floats = NDArray[np.float64]
 DrivingSide = Literal["right", "left"]
@@ -98,13 +98,20 @@ def annotate_scenes(
     fitted = _fit(ready, prior, options)
     return [
         [
-            describe(item.index, next(fitted), prior, scene.calibration, item.evidence)
-            if isinstance(item, _Lifted)
-            else item
+            _finish(item, next(fitted), scene, prior) if isinstance(item, _Lifted) else item
             for item in items
         ]
         for scene, items in zip(scenes, lifted, strict=True)
     ]
+
+
+def _finish(item: _Lifted, fitted: Fitted | None, scene: Scene, prior: ShapePrior) -> Outcome:
+    if fitted is None:
+        return Refused(item.index, "the fit left the finite numbers")
+    try:
+        return describe(item.index, fitted, prior, scene.calibration, item.evidence)
+    except InvalidRequest as error:
+        return Refused(item.index, error.message)
 
 
 def _lift_scene(scene: Scene, prior: ShapePrior, options: SlfOptions) -> list[_Lifted | Refused]:
@@ -113,14 +120,27 @@ def _lift_scene(scene: Scene, prior: ShapePrior, options: SlfOptions) -> list[_L
     if scene.points_velo_N4 is not None:
         rect = scene.calibration.rect_from_velo(scene.points_velo_N4)
     ground = find_ground(rect)
-    owned = _owned(scene, rect, options.resolve_overlaps)
-    lifted: list[_Lifted | Refused] = []
-    for index, mask in enumerate(owned):
+    refused = _refusals(scene.objects)
+    sound = [index for index in range(len(scene.objects)) if index not in refused]
+    owned = _owned(scene, sound, rect, options.resolve_overlaps)
+    lifted: dict[int, _Lifted | Refused] = {**refused}
+    for index, mask in zip(sound, owned, strict=True):
         try:
-            lifted.append(_lift(index, mask, scene, rect, ground, prior))
+            lifted[index] = _lift(index, mask, scene, rect, ground, prior)
         except InvalidRequest as error:
-            lifted.append(Refused(index, error.message))
-    return lifted
+            lifted[index] = Refused(index, error.message)
+    return [lifted[index] for index in range(len(scene.objects))]
+
+
+def _refusals(objects: Sequence[SegmentedObject]) -> dict[int, Refused]:
+    """The objects that cannot be used, by their place; they take no pixels from the others."""
+    refused = {}
+    for index, item in enumerate(objects):
+        try:
+            _check_object(item)
+        except InvalidRequest as error:
+            refused[index] = Refused(index, error.message)
+    return refused
 
 
 def _check(scene: Scene) -> None:
@@ -131,8 +151,12 @@ def _check(scene: Scene) -> None:
         )
 
 
-def _owned(scene: Scene, rect_N3: Floats, resolve_overlaps: bool) -> list[OwnedMask]:
-    masks, boxes = [o.mask_HW for o in scene.objects], [o.box for o in scene.objects]
+def _owned(
+    scene: Scene, sound: Sequence[int], rect_N3: Floats, resolve_overlaps: bool
+) -> list[OwnedMask]:
+    """The masks of the ``sound`` objects, each pixel given to one of them."""
+    objects = [scene.objects[index] for index in sound]
+    masks, boxes = [o.mask_HW for o in objects], [o.box for o in objects]
     if not resolve_overlaps:
         return leave_alone(masks)
     depths = []
@@ -146,7 +170,11 @@ def _lift(
     index: int, owned: OwnedMask, scene: Scene, rect_N3: Floats, ground: Ground, prior: ShapePrior
 ) -> _Lifted:
     item = scene.objects[index]
-    _check_object(item, owned)
+    if not owned.mask_HW.any():
+        raise InvalidRequest(
+            "nearer objects take every pixel of this mask; is the object prompted twice?",
+            field="objects",
+        )
     ground = _ground_below(ground, rect_N3, owned, scene.calibration)
     points = object_points(rect_N3, owned.mask_HW, scene.calibration, ground)
     usual = extent_of(prior.grid(torch.zeros(1, prior.components))).size
@@ -173,7 +201,7 @@ def _ground_below(
     return ground_at(ground, rect_N3, x, z)
 
 
-def _check_object(item: SegmentedObject, owned: OwnedMask) -> None:
+def _check_object(item: SegmentedObject) -> None:
     height, width = item.mask_HW.shape
     left, top, right, bottom = item.box
     if not all(map(math.isfinite, item.box)) or right - left < 1 or bottom - top < 1:
@@ -186,23 +214,23 @@ def _check_object(item: SegmentedObject, owned: OwnedMask) -> None:
         )
     if not item.mask_HW.any():
         raise InvalidRequest("the mask is empty: nothing was found in this box", field="objects")
-    if not owned.mask_HW.any():
-        raise InvalidRequest(
-            "nearer objects take every pixel of this mask; is the object prompted twice?",
-            field="objects",
-        )
 
 
-def _fit(lifted: Sequence[_Lifted], prior: ShapePrior, options: SlfOptions) -> Iterator[Fitted]:
-    """One row per object, facing the way that the energy or else the driving side says."""
+def _fit(
+    lifted: Sequence[_Lifted], prior: ShapePrior, options: SlfOptions
+) -> Iterator[Fitted | None]:
+    """One row per object, facing the way that the energy or else the driving side says.
+
+    None stands for a fit that left the finite numbers.
+    """
     if not lifted:
         return
     best, reverse = fit(stack([item.seen for item in lifted]), prior, options.fit)
-    for i, item in enumerate(lifted):
+    for i in range(len(lifted)):
         margin = float(reverse.total_B[i] - best.total_B[i])
         x, angle = float(best.pose.position_B3[i, 0]), float(best.pose.angle_B[i])
         turn = margin < HEADING_MARGIN and _faces_wrong_way(x, angle, options.driving_side)
-        yield _row(reverse if turn else best, i, -margin if turn else margin, item.index)
+        yield _row(reverse if turn else best, i, -margin if turn else margin)
 
 
 def _faces_wrong_way(x: float, angle: float, side: DrivingSide | None) -> bool:
@@ -214,10 +242,10 @@ def _faces_wrong_way(x: float, angle: float, side: DrivingSide | None) -> bool:
     return (away > 0) != same_way
 
 
-def _row(fits: Fits, i: int, margin: float, index: int) -> Fitted:
+def _row(fits: Fits, i: int, margin: float) -> Fitted | None:
     rows = (*fits.pose, fits.code_BK, *fits.energies)
     if not all(bool(torch.isfinite(part[i]).all()) for part in rows):
-        raise NumericalError(f"the fit of object {index} left the finite numbers")
+        return None
     return Fitted(
         pose=Pose(*(part[i : i + 1] for part in fits.pose)),
         code_1K=fits.code_BK[i : i + 1],

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gesso_core.annotate.kitti.calibration import Calibration
-from gesso_core.annotate.masks import Mask, box_of_mask
+from gesso_core.annotate.masks import Mask, box_of_mask, clip_to
 from gesso_core.annotate.segmenter.contract import Masks, Prompt, Segmenter
 from gesso_core.annotate.slf.ground import find_ground
 from gesso_core.annotate.slf.lift import FEW_POINTS, largest_cluster, raised_points
@@ -50,7 +50,7 @@ def segment(
     found = []
     for i, prompt in enumerate(prompts):
         if prompt.box is not None:
-            mask = masks.masks_PHW[i] & _inside(prompt.box, picture_HW3.shape[:2])
+            mask = clip_to(masks.masks_PHW[i], prompt.box)
             found.append(SegmentedObject(mask, prompt.box, float(masks.predicted_iou_P[i])))
             continue
         ranked = _ranked(masks, i)
@@ -74,10 +74,3 @@ def _is_one_car(points_N3: NDArray[np.float64]) -> bool:
     low, high = _CAR_SIZE
     spread = np.hypot(*np.ptp(cluster[:, ::2], axis=0))
     return len(cluster) > _OF_ONE * len(points_N3) and bool(low < spread < high)
-
-
-def _inside(box: tuple[float, float, float, float], size: tuple[int, int]) -> Mask:
-    left, top, right, bottom = box
-    columns = (np.arange(size[1]) + 1 > left) & (np.arange(size[1]) < right)
-    rows = (np.arange(size[0]) + 1 > top) & (np.arange(size[0]) < bottom)
-    return np.asarray(rows[:, None] & columns[None])
