@@ -3,7 +3,7 @@
 Tensors are safetensors bytes; pictures are PNG, JPEG or WebP bytes. Sides are pixels.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, StringConstraints
 
@@ -212,6 +212,8 @@ class ModelInUse(Message):
 class ServiceReady(Message):
     """One replica's answer; it answers only after a real request went through its handler."""
 
+    version: ClassVar[int] = 2
+
     service: Token
     instance: str = Field(max_length=100)
     ready: bool
@@ -220,6 +222,9 @@ class ServiceReady(Message):
     running: int = Field(ge=0, description="jobs that run now")
     in_use: dict[ModelName, ModelInUse] = Field(
         default_factory=dict, description="by model, as far as the service tells"
+    )
+    missing: dict[ModelName, str] = Field(
+        default_factory=dict, description="models that cannot be used, and what to do about it"
     )
 
 

@@ -5,6 +5,7 @@ Services register their handlers against this table, and the AsyncAPI document i
 
 from dataclasses import dataclass
 
+from gesso_contracts import annotations as a
 from gesso_contracts import conversations as c
 from gesso_contracts import messages as m
 from gesso_contracts.base import Message
@@ -55,6 +56,13 @@ RPC: dict[str, dict[str, Operation]] = {
         "ready": READY,
         "metrics": METRICS,
     },
+    "annotation": {
+        "segment": Operation(
+            request=a.SegmentPrompts, reply=a.Segmented, summary="Boxes and clicks to masks."
+        ),
+        "ready": READY,
+        "metrics": METRICS,
+    },
 }
 
 JOBS: dict[str, dict[str, Operation]] = {
@@ -80,6 +88,14 @@ JOBS: dict[str, dict[str, Operation]] = {
         ),
         "answer": Operation(
             request=c.AnswerTurn, reply=c.TurnAnswered, summary="The next turn of a conversation."
+        ),
+    },
+    "annotation": {
+        "annotate-text": Operation(
+            request=a.AnnotateText, reply=a.TextAnnotated, summary="Words to masks of characters."
+        ),
+        "annotate-cars": Operation(
+            request=a.AnnotateCars, reply=a.CarsAnnotated, summary="Cars to boxes in space."
         ),
     },
 }

@@ -13,9 +13,10 @@ from types import TracebackType
 from typing import Any, Self
 
 import httpx2
-from gesso_contracts import JobEvent, JobState
+from gesso_contracts import JobEvent, JobState, JobStateChanged
 from gesso_core.errors import GessoError
 
+from gesso_services import client_labels as labels
 from gesso_services import client_talk as talk
 from gesso_services import client_wire as wire
 from gesso_services.client_async import AsyncGesso
@@ -156,6 +157,92 @@ class Gesso:
         )
         return wire.reconstruction(answer)
 
+    def segment(self, image: bytes, prompts: Sequence[Json], **options: Any) -> list[Json]:
+        """Cut out what boxes and clicks point at: a mask in COCO's run lengths per prompt, like
+        ``{"box": [x0, y0, x1, y1]}`` or ``{"points": [[x, y]], "labels": [1]}``.
+        """
+        form = labels.segment_form(image, prompts, options)
+        return list(self._json("POST", labels.SEGMENT, **form)["masks"])
+
+    def annotate_text(
+        self,
+        image: bytes,
+        words: Sequence[Json] | None = None,
+        *,
+        on_progress: OnProgress | None = None,
+        **options: Any,
+    ) -> Json:
+        """Masks for the characters of ``words``, each ``{"text": ..., "polygon": [[x, y], ...]}``,
+        or of those that a reader finds. ``options``: model, refine, min_score, name, key.
+        """
+        return self.labels(self.begin_text(image, words, **options).id, on_progress=on_progress)
+
+    def annotate_cars(
+        self,
+        image: bytes,
+        calibration: str,
+        prompts: Sequence[Json],
+        points: bytes | None = None,
+        *,
+        on_progress: OnProgress | None = None,
+        **options: Any,
+    ) -> Json:
+        """Boxes in space for cars. ``calibration`` and ``points`` are KITTI's files, a prompt is
+        ``{"box": [...]}`` or ``{"point": [x, y]}``. ``options``: model, driving_side, meshes, name,
+        key.
+        """
+        begun = self.begin_cars(image, calibration, prompts, points, **options)
+        return self.labels(begun.id, on_progress=on_progress)
+
+    def begin_text(
+        self,
+        image: bytes,
+        words: Sequence[Json] | None = None,
+        *,
+        name: str = "image",
+        key: str | None = None,
+        **options: Any,
+    ) -> JobState:
+        """Begin to annotate text; with the same ``key`` the same request is the same job."""
+        form = labels.text_form(image, words, name, options)
+        answer = self._json("POST", labels.TEXT, **form, **labels.keyed(key))
+        return JobState.model_validate(answer)
+
+    def begin_cars(
+        self,
+        image: bytes,
+        calibration: str,
+        prompts: Sequence[Json],
+        points: bytes | None = None,
+        *,
+        name: str = "image",
+        key: str | None = None,
+        **options: Any,
+    ) -> JobState:
+        """Begin to annotate cars."""
+        form = labels.cars_form(image, calibration, prompts, points, name, options)
+        answer = self._json("POST", labels.CARS, **form, **labels.keyed(key))
+        return JobState.model_validate(answer)
+
+    def labels(self, job_id: str, *, on_progress: OnProgress | None = None) -> Json:
+        """The labels of an annotation that was begun, when it is done."""
+        watcher, state = talk.Watcher(on_progress), None
+        for event in self.watch(job_id):
+            watcher.take(event)
+            if isinstance(event, JobStateChanged):
+                state = event.state
+        labels.checked_state(state)
+        return self._json("GET", f"/v1/jobs/{wire.segment(job_id)}/result")
+
+    def drawing(self, job_id: str, part: str = "overlay") -> bytes:
+        """A file of a finished annotation: ``overlay``, ``birds-eye`` or ``meshes``."""
+        return self._bytes(f"/v1/annotations/{wire.segment(job_id)}/{wire.segment(part)}")
+
+    def export(self, job_id: str, file_format: str) -> bytes:
+        """A finished annotation as coco, yolo, label-studio, textseg or kitti."""
+        path = f"/v1/jobs/{wire.segment(job_id)}/export"
+        return self._bytes(path, params={"format": file_format})
+
     def models(self) -> list[Json]:
         """What the server can paint and encode with."""
         return list(self._json("GET", "/v1/models")["data"])
@@ -193,8 +280,11 @@ class Gesso:
 
     def result(self, job_id: str) -> bytes:
         """What a job made that succeeded: the file of a picture or video, or JSON."""
+        return self._bytes(f"/v1/jobs/{wire.segment(job_id)}/result")
+
+    def _bytes(self, path: str, **options: Any) -> bytes:
         with wire.reachable(self._http.base_url):
-            answer = self._http.get(f"/v1/jobs/{wire.segment(job_id)}/result")
+            answer = self._http.get(path, **options)
         wire.raise_for_status(answer)
         return answer.content
 

@@ -6,9 +6,10 @@ from types import TracebackType
 from typing import Any, Self
 
 import httpx2
-from gesso_contracts import JobEvent, JobState
+from gesso_contracts import JobEvent, JobState, JobStateChanged
 from gesso_core.errors import GessoError
 
+from gesso_services import client_labels as labels
 from gesso_services import client_talk as talk
 from gesso_services import client_wire as wire
 from gesso_services.client_talk import Answer, OnText, Video
@@ -115,6 +116,62 @@ class AsyncGesso:
         upload = wire.upload(image, model, output_format)
         return wire.reconstruction(await self._json("POST", "/v1/images/reconstructions", **upload))
 
+    async def segment(self, image: bytes, prompts: Sequence[Json], **options: Any) -> list[Json]:
+        """Cut out what boxes and clicks point at."""
+        form = labels.segment_form(image, prompts, options)
+        return list((await self._json("POST", labels.SEGMENT, **form))["masks"])
+
+    async def annotate_text(
+        self,
+        image: bytes,
+        words: Sequence[Json] | None = None,
+        *,
+        name: str = "image",
+        key: str | None = None,
+        on_progress: OnProgress | None = None,
+        **options: Any,
+    ) -> Json:
+        """Masks for the characters of words."""
+        form = labels.text_form(image, words, name, options)
+        begun = await self._json("POST", labels.TEXT, **form, **labels.keyed(key))
+        return await self.labels(begun["id"], on_progress=on_progress)
+
+    async def annotate_cars(
+        self,
+        image: bytes,
+        calibration: str,
+        prompts: Sequence[Json],
+        points: bytes | None = None,
+        *,
+        name: str = "image",
+        key: str | None = None,
+        on_progress: OnProgress | None = None,
+        **options: Any,
+    ) -> Json:
+        """Boxes in space for cars."""
+        form = labels.cars_form(image, calibration, prompts, points, name, options)
+        begun = await self._json("POST", labels.CARS, **form, **labels.keyed(key))
+        return await self.labels(begun["id"], on_progress=on_progress)
+
+    async def labels(self, job_id: str, *, on_progress: OnProgress | None = None) -> Json:
+        """The labels of an annotation that was begun, when it is done."""
+        watcher, state = talk.Watcher(on_progress), None
+        async for event in self.watch(job_id):
+            watcher.take(event)
+            if isinstance(event, JobStateChanged):
+                state = event.state
+        labels.checked_state(state)
+        return await self._json("GET", f"/v1/jobs/{wire.segment(job_id)}/result")
+
+    async def drawing(self, job_id: str, part: str = "overlay") -> bytes:
+        """A file of a finished annotation: ``overlay``, ``birds-eye`` or ``meshes``."""
+        return await self._bytes(f"/v1/annotations/{wire.segment(job_id)}/{wire.segment(part)}")
+
+    async def export(self, job_id: str, file_format: str) -> bytes:
+        """A finished annotation as coco, yolo, label-studio, textseg or kitti."""
+        path = f"/v1/jobs/{wire.segment(job_id)}/export"
+        return await self._bytes(path, params={"format": file_format})
+
     async def models(self) -> list[Json]:
         """What the server can paint and encode with."""
         return list((await self._json("GET", "/v1/models"))["data"])
@@ -144,8 +201,11 @@ class AsyncGesso:
 
     async def result(self, job_id: str) -> bytes:
         """What a job made that succeeded: the file of a picture or video, or JSON."""
+        return await self._bytes(f"/v1/jobs/{wire.segment(job_id)}/result")
+
+    async def _bytes(self, path: str, **options: Any) -> bytes:
         with wire.reachable(self._http.base_url):
-            answer = await self._http.get(f"/v1/jobs/{wire.segment(job_id)}/result")
+            answer = await self._http.get(path, **options)
         wire.raise_for_status(answer)
         return answer.content
 

@@ -159,6 +159,27 @@ def autoregressive_spec(tiny_hart: Path, tiny_vila_u: Path) -> Callable[..., Ser
     return build
 
 
+@pytest.fixture(scope="session")
+def tiny_sam(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a Segment Anything model of random weights."""
+    from small_segmenter import write_segmenter
+
+    return write_segmenter(tmp_path_factory.mktemp("sam") / "sam-tiny")
+
+
+@pytest.fixture(scope="session")
+def annotation_spec(tiny_sam: Path) -> Callable[..., ServiceSpec]:
+    """The annotation service on that segmenter, which it calls ``sam-mobile``, without a reader."""
+    from gesso_services import annotation
+
+    def build(**options: object) -> ServiceSpec:
+        given = {"folder": tiny_sam, "reader": False, **options}
+        settings = annotation.AnnotationSettings.for_service("annotation", **given)
+        return annotation.build_service(settings)
+
+    return build
+
+
 @dataclass(frozen=True)
 class TokenStack:
     """The two services behind a broker of their own: a replica, the book of jobs, and the bus as

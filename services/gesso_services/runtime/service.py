@@ -169,6 +169,7 @@ class ServiceHost:
             slots=self.spec.settings.slots,
             running=self.worker.running if self.worker else 0,
             in_use=dict(self.spec.in_use()),
+            missing=dict(self.spec.missing()),
         )
 
     async def _answer_metrics(self, _: messages.AskMetrics) -> messages.MetricsText:

@@ -4,15 +4,15 @@
 ``GESSO_<SERVICE>_*`` how one service is deployed. Secrets never appear when settings are printed.
 """
 
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from gesso_contracts import limits
 from gesso_core.errors import ConfigError
 from pydantic import AliasChoices, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-Role = Literal["admin", "gateway", "autoencoder", "diffusion", "autoregressive"]
-ROLES: tuple[Role, ...] = ("admin", "gateway", "autoencoder", "diffusion", "autoregressive")
+Role = Literal["admin", "gateway", "autoencoder", "diffusion", "autoregressive", "annotation"]
+ROLES: tuple[Role, ...] = get_args(Role)
 
 
 def role_of(service: str) -> Role:
@@ -39,6 +39,7 @@ class BusSettings(BaseSettings):
     autoencoder_password: SecretStr | None = None
     diffusion_password: SecretStr | None = None
     autoregressive_password: SecretStr | None = None
+    annotation_password: SecretStr | None = None
     connect_timeout_s: float = Field(default=5.0, gt=0)
     reconnect_wait_s: float = Field(default=0.25, gt=0)
     request_timeout_s: float = Field(default=5.0, gt=0)

@@ -58,7 +58,8 @@ class ServiceSpec:
     ``rpc`` maps verbs and ``jobs`` maps kinds to handlers; the messages are those of
     ``operations`` unless ``messages`` names others as ``{verb or kind: (request, reply)}``.
     ``start`` loads; ``warm_up`` sends a real request through a real handler; ``stop`` lets go.
-    ``in_use`` tells, once loaded, how the models compute and what they take.
+    ``in_use`` tells, once loaded, how the models compute and what they take; ``missing`` names
+    those that cannot be used, and what to do about it.
     """
 
     name: str
@@ -71,6 +72,7 @@ class ServiceSpec:
     stop: Callable[[], Awaitable[None]] = _nothing_to_stop
     models: tuple[str, ...] = ()
     in_use: Callable[[], Mapping[str, ModelInUse]] = dict
+    missing: Callable[[], Mapping[str, str]] = dict
 
     def endpoints(self) -> dict[str, Endpoint]:
         """The verbs of this service with their messages."""
