@@ -15,11 +15,13 @@ from fastapi.responses import FileResponse
 from starlette.staticfiles import StaticFiles
 
 from gesso_services.gateway import (
+    annotations,
     chat,
     health,
     images,
     jobs,
     judgements,
+    label_studio,
     models,
     problems,
     reconstructions,
@@ -35,7 +37,7 @@ from gesso_services.runtime.settings import BusSettings
 
 PAGE = Path(__file__).with_name("page")
 DESCRIPTION = """Text to pictures and videos, and talk about them, in the words of OpenAI's API;
-durable jobs behind it.
+labels for pictures; durable jobs behind it.
 
 Errors have one shape: RFC 9457 problem details with OpenAI's `error` object inside.
 """
@@ -75,6 +77,8 @@ def create_app(
         videos.router,
         chat.router,
         judgements.router,
+        annotations.router,
+        label_studio.router,
         jobs.router,
     ):
         app.include_router(router)
@@ -100,6 +104,8 @@ def _equip(app: FastAPI, settings: GatewaySettings, bus_settings: BusSettings) -
             f"{jobs.PATH}/": settings.max_upload_bytes,
             chat.PATH: settings.max_conversation_bytes,
             judgements.PATH: settings.max_conversation_bytes,
+            annotations.PATH: settings.max_upload_bytes,
+            label_studio.PREDICT: settings.max_conversation_bytes,
         },
     )
 
@@ -130,5 +136,9 @@ def _add_page(app: FastAPI) -> None:
     @app.get("/", include_in_schema=False)
     async def first_page() -> FileResponse:
         return FileResponse(PAGE / "index.html")
+
+    @app.get("/annotate", include_in_schema=False)
+    async def annotation_page() -> FileResponse:
+        return FileResponse(PAGE / "annotate.html")
 
     app.mount("/page", StaticFiles(directory=PAGE), name="page")

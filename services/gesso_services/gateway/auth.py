@@ -5,11 +5,17 @@ import hmac
 from typing import Annotated
 
 from fastapi import Depends, Request
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security import (
+    HTTPAuthorizationCredentials,
+    HTTPBasic,
+    HTTPBasicCredentials,
+    HTTPBearer,
+)
 
 from gesso_services.gateway.problems import EdgeError
 
 _bearer = HTTPBearer(auto_error=False, description="One of the keys in GESSO_API_KEYS.")
+_basic = HTTPBasic(auto_error=False, description="Any name, and a key as the password.")
 
 
 def _digest(key: str) -> bytes:
@@ -38,19 +44,31 @@ async def caller(
     credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
 ) -> str:
     """A short name for who calls (never the key itself); refuses with 401 without a valid key."""
+    key = credentials.credentials if credentials else None
+    return _admitted(request, key, "'Authorization: Bearer <key>'")
+
+
+async def basic_caller(
+    request: Request, credentials: Annotated[HTTPBasicCredentials | None, Depends(_basic)]
+) -> str:
+    """The same for clients that know a name and a password only; the key is the password."""
+    key = credentials.password if credentials else None
+    return _admitted(request, key, "'Authorization: Basic', as its password,")
+
+
+def _admitted(request: Request, key: str | None, header: str) -> str:
     keys: KeyRing = request.app.state.keys
     if keys.is_open:
         return "anyone"
-    if credentials is None or not keys.admits(credentials.credentials):
-        given = "a key that is not known here" if credentials else "no key"
+    if key is None or not keys.admits(key):
+        given = "a key that is not known here" if key else "no key"
         raise EdgeError(
             401,
             "invalid_api_key",
-            f"the request carries {given}; send the header 'Authorization: Bearer <key>' with one "
-            "of the server's keys",
-            headers={"WWW-Authenticate": "Bearer"},
+            f"the request carries {given}; send the header {header} with one of the server's keys",
+            headers={"WWW-Authenticate": "Basic" if "Basic" in header else "Bearer"},
         )
-    return f"key-{_digest(credentials.credentials).hex()[:12]}"
+    return f"key-{_digest(key).hex()[:12]}"
 
 
 Caller = Annotated[str, Depends(caller)]

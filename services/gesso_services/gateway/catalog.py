@@ -50,11 +50,15 @@ WORK: Final[Mapping[str, Work]] = {
     "answer": Work("image-to-text", "answer in a chat"),
     "judge": Work("image-to-text", "judge pictures"),
     "reconstruct": Work("autoencoder", "encode and decode a picture"),
+    "segment": Work("segmentation", "cut out what a click or a box points at"),
+    "annotate-text": Work("text-annotation", "label the characters of words"),
+    "annotate-cars": Work("car-annotation", "label cars"),
 }
 HOMES: Final[Mapping[str, Home]] = {
     "diffusion": Home(("sana",), ("text-to-image",)),
     "autoregressive": Home(("hart", "vila-u"), ("text-to-image", "image-to-text", "text-to-video")),
     "autoencoder": Home(("dc-ae", "vila-u-tower"), ("autoencoder",)),
+    "annotation": Home(("char-sam", "slf", "sam"), ("segmentation",)),
 }
 
 
@@ -78,6 +82,7 @@ class Catalog:
         self.fabric = fabric
         self._served: dict[str, list[str]] = {}
         self._in_use: dict[str, ModelInUse] = {}
+        self._missing: dict[str, Mapping[str, str]] = {}
         self._asked_at: dict[str, float] = {}
         self._questions: dict[str, asyncio.Task[ServiceHealth]] = {}
 
@@ -97,8 +102,11 @@ class Catalog:
         if answer.models:
             self._served[service] = answer.models
         self._in_use |= answer.in_use
+        self._missing[service] = answer.missing
         detail = f"{answer.running} of {answer.slots} slots are busy"
-        return ServiceHealth(ready=answer.ready, models=answer.models, detail=detail)
+        return ServiceHealth(
+            ready=answer.ready, models=answer.models, missing=answer.missing, detail=detail
+        )
 
     async def models(self, work: str) -> dict[str, Served]:
         """The models that can do ``work`` (a key of ``WORK``), in the order of their services."""
@@ -137,13 +145,14 @@ class Catalog:
                 tasks = [*known.tasks, *(task for task in entry.tasks if task not in known.tasks)]
                 shown[entry.name] = known.model_copy(update={"tasks": tasks})
             else:
-                shown[entry.name] = self._describe(entry)
+                shown[entry.name] = self._describe(served)
         return shown
 
-    def _describe(self, entry: ModelEntry) -> Model:
-        in_use = self._in_use.get(entry.name)
+    def _describe(self, served: Served) -> Model:
+        in_use = self._in_use.get(served.name)
         told = in_use.model_dump(include={"quantization", "weight_bytes"}) if in_use else {}
-        return describe(entry).model_copy(update=told)
+        missing = self._missing.get(served.service, {}).get(served.name)
+        return describe(served.entry).model_copy(update=told | {"missing": missing})
 
     def _default(self, task: Task) -> str:
         settings = self.fabric.settings

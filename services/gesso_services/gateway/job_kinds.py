@@ -1,8 +1,16 @@
 """``PUT /v1/jobs/{id}``: the kinds of jobs that a person may submit, told apart by ``kind``."""
 
+import json
 from typing import Annotated, Any, Literal
 
-from gesso_contracts import AnswerTurn, GenerateImage, GenerateVideo, VaryImage
+from gesso_contracts import (
+    AnnotateCars,
+    AnnotateText,
+    AnswerTurn,
+    GenerateImage,
+    GenerateVideo,
+    VaryImage,
+)
 from gesso_contracts.base import Message
 from pydantic import BeforeValidator, Discriminator, Tag
 
@@ -10,10 +18,14 @@ from gesso_services.gateway.schemas import Body
 
 
 def _strict(message: type[Message]) -> BeforeValidator:
-    """A message of the bus, taken as strictly as the rest of a body: no text for a number."""
+    """A message of the bus, taken as strictly as the rest of a body: no text for a number.
+
+    It is read as JSON, where a pair of numbers is a list.
+    """
 
     def check(value: Any) -> Any:
-        return message.model_validate(value, strict=True)
+        text = json.dumps(value, ensure_ascii=False).encode()  # refuses lone surrogates
+        return message.model_validate_json(text, strict=True)
 
     return BeforeValidator(check)
 
@@ -46,6 +58,20 @@ class AnswerJob(Body):
     request: Annotated[AnswerTurn, _strict(AnswerTurn)]
 
 
+class AnnotateTextJob(Body):
+    """Masks for the characters of words."""
+
+    kind: Literal["annotate-text"]
+    request: Annotated[AnnotateText, _strict(AnnotateText)]
+
+
+class AnnotateCarsJob(Body):
+    """Boxes in space for cars."""
+
+    kind: Literal["annotate-cars"]
+    request: Annotated[AnnotateCars, _strict(AnnotateCars)]
+
+
 def _tag(value: Any) -> str:
     """In brackets, so that it is not taken for the name of a field where an error is told."""
     kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
@@ -56,11 +82,13 @@ AnyJob = Annotated[
     Annotated[GenerateImageJob, Tag("<generate-image>")]
     | Annotated[VaryImageJob, Tag("<vary-image>")]
     | Annotated[GenerateVideoJob, Tag("<generate-video>")]
-    | Annotated[AnswerJob, Tag("<answer>")],
+    | Annotated[AnswerJob, Tag("<answer>")]
+    | Annotated[AnnotateTextJob, Tag("<annotate-text>")]
+    | Annotated[AnnotateCarsJob, Tag("<annotate-cars>")],
     Discriminator(
         _tag,
         custom_error_type="unknown_kind",
-        custom_error_message="kind must be 'generate-image', 'vary-image', 'generate-video' or "
-        "'answer'",
+        custom_error_message="kind must be 'generate-image', 'vary-image', 'generate-video', "
+        "'answer', 'annotate-text' or 'annotate-cars'",
     ),
 ]

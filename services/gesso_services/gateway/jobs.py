@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Query, Response
 from gesso_contracts import (
+    AnnotateCars,
+    AnnotateText,
     AnswerTurn,
     GenerateImage,
     ImagePart,
@@ -19,7 +21,7 @@ from gesso_contracts.base import JobId, Message
 from gesso_contracts.conversations import Part
 from gesso_core.errors import GessoError
 
-from gesso_services.gateway import results, streams
+from gesso_services.gateway import annotation_door, results, streams
 from gesso_services.gateway.admission import Door
 from gesso_services.gateway.auth import Caller
 from gesso_services.gateway.catalog import Models, check_size
@@ -127,12 +129,14 @@ async def follow_job(job_id: JobId, _: Caller, fabric: Here) -> streams.EventStr
     responses=documented(401, 404, 409, 422, 429, 500, 503, 507, ok={"content": results.ANYTHING}),
 )
 async def get_result(job_id: JobId, _: Caller, fabric: Here) -> Response:
-    """What the job made: a picture, a video, or an answer as JSON."""
+    """What the job made: a picture, a video, or an answer or labels as JSON."""
     return await results.anything(fabric, job_id)
 
 
 async def _looked_at(wanted: Message, intake: Intake) -> Message:
     """The message with its pictures and videos checked, and the large ones laid down as blobs."""
+    if isinstance(wanted, AnnotateText | AnnotateCars):
+        return await annotation_door.looked_at(wanted, intake, "request")
     if isinstance(wanted, VaryImage):
         return wanted.model_copy(
             update={"image": await intake.again(wanted.image, "request.image")}

@@ -137,7 +137,7 @@ async def _on_gesso_error(_: Request, error: Exception) -> JSONResponse:
 async def _on_invalid_request(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    if first["type"] == "json_invalid":
+    if first["type"] == "json_invalid" and isinstance(first["loc"][-1], int):
         sentence = f"the body is not JSON ({first['ctx']['error']} at byte {first['loc'][-1]})"
         return problem_response(make_problem(400, "invalid_json", sentence))
     place, *names = first["loc"]

@@ -188,6 +188,9 @@ class Model(BaseModel):
         default=None, description="format, rank and mode of quantized weights, `none` for others"
     )
     weight_bytes: int | None = Field(default=None, description="what the weights take in memory")
+    missing: str | None = Field(
+        default=None, description="why it cannot be used now, and what to do about it"
+    )
 
 
 class ModelList(BaseModel):
@@ -210,6 +213,9 @@ class ServiceHealth(BaseModel):
 
     ready: bool
     models: list[str] = Field(default_factory=list)
+    missing: dict[str, str] = Field(
+        default_factory=dict, description="models that cannot be used, and what to do about it"
+    )
     detail: str
 
 

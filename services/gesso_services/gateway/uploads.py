@@ -46,14 +46,23 @@ class Intake:
 
     async def picture(self, data: bytes, field: str) -> Payload:
         """A picture; UnreadableImage names ``field`` when it is none, or damaged, or too large."""
-        media_type = sniff(data, field)
+        await self.measure(data, field)
+        return await self.pack_picture(data, field)
+
+    async def pack_picture(self, data: bytes, field: str) -> Payload:
+        """A picture that has been measured."""
+        return await self.pack(data, sniff(data, field))
+
+    async def measure(self, data: bytes, field: str) -> tuple[int, int]:
+        """Height and width of a picture as it stands upright; raises like :meth:`picture`."""
+        sniff(data, field)
         try:
-            await asyncio.to_thread(
+            pixels = await asyncio.to_thread(
                 decode_picture, data, max_pixels=self.fabric.settings.max_upload_pixels
             )
         except UnreadableImage as error:
             raise UnreadableImage(error.message, field=field) from error
-        return await self._pack(data, media_type)
+        return pixels.shape[0], pixels.shape[1]
 
     async def video(self, data: bytes, field: str) -> Payload:
         """A video; UnreadableImage names ``field`` when it is none, or damaged, or too large."""
@@ -63,7 +72,7 @@ class Intake:
             raise UnreadableImage(error.message, field=field) from error
         media_type = _signed(data, VIDEOS)
         assert media_type is not None  # or it would not have been read
-        return await self._pack(data, media_type)
+        return await self.pack(data, media_type)
 
     async def again(self, payload: Payload, field: str, *, video: bool = False) -> Payload:
         """A payload of a message that somebody wrote by hand: the same checks, the same packing."""
@@ -71,7 +80,8 @@ class Intake:
             return payload
         return await (self.video if video else self.picture)(payload.data, field)
 
-    async def _pack(self, data: bytes, media_type: str) -> Payload:
+    async def pack(self, data: bytes, media_type: str) -> Payload:
+        """Bytes that have been looked at: in the message while there is room, else a blob."""
         packed = await self.fabric.blobs.pack(data, media_type, inline_limit=self._left)
         if isinstance(packed, Inline):
             self._left -= len(data)

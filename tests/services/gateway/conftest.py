@@ -132,7 +132,7 @@ def running_services(loop: Loop, broker: NatsServer, new_specs: NewSpecs) -> Ite
         for spec in new_specs()
     ]
     for host in hosts:
-        loop.run(host.start())
+        loop.run(host.start(), timeout=120.0)
     yield
     for host in hosts:
         loop.run(host.stop(0.5))
@@ -213,4 +213,24 @@ def http(server: Gateway) -> Iterator[httpx2.Client]:
 @pytest.fixture(scope="session")
 def gesso(server: Gateway) -> Iterator[Gesso]:
     with Gesso(server.url, timeout=30) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def annotator(
+    start_services: Any, annotation_spec: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Gateway]:
+    """A gateway before the real annotation service alone, which reads, and whose segmenter has
+    random weights; on a broker of their own.
+    """
+    folder = tmp_path_factory.mktemp("annotation-nats")
+    required = {"required_services": ("annotation",)}
+    with start_services(folder, lambda: [annotation_spec(reader=True)], **required) as gateway:
+        yield gateway
+
+
+@pytest.fixture(scope="session")
+def label(annotator: Gateway) -> Iterator[httpx2.Client]:
+    """A client of the annotator."""
+    with httpx2.Client(base_url=annotator.url, timeout=60) as client:
         yield client

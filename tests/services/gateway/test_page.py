@@ -1,65 +1,27 @@
 """The first page in a real Chromium: type a prompt, see progress, get the picture."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
+from chromium import BrowserPage, start_chromium
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.select import Select
-from selenium.webdriver.support.wait import WebDriverWait
 
 pytestmark = [pytest.mark.browser, pytest.mark.broker]
-
-CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-dev-shm-usage",
-    "--window-size=1200,860",
-    "--force-color-profile=srgb",
-)
-PATIENCE_S = 20
 
 
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    if not (CHROMIUM.exists() and DRIVER.exists()):
-        pytest.skip("needs Debian's chromium and chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(CHROMIUM)
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(str(DRIVER)))
+    driver = start_chromium(tmp_path_factory.mktemp("chromium"))
     yield driver
     driver.quit()
 
 
-class Page:
-    """The page as a person sees it."""
-
-    def __init__(self, driver: webdriver.Chrome, url: str) -> None:
-        self.driver = driver
-        driver.get_log("browser")  # forget what earlier pages said
-        driver.get(url)
-        driver.execute_script("sessionStorage.clear()")
-        driver.refresh()
-
-    def __getitem__(self, name: str) -> WebElement:
-        return self.driver.find_element(By.ID, name)
-
-    def until(self, condition: Any) -> Any:
-        return WebDriverWait(self.driver, PATIENCE_S, 0.05).until(lambda _: condition())
+class Page(BrowserPage):
+    """The first page as a person sees it."""
 
     def paint(self, prompt: str) -> None:
         self["prompt"].clear()
@@ -72,10 +34,6 @@ class Page:
         return state == "done" and self.driver.execute_script(
             "const i = document.getElementById('picture'); return i.complete && i.naturalWidth > 0"
         )
-
-    def complaints(self) -> list[str]:
-        """What the browser's console holds against the page, its own policy included."""
-        return [line["message"] for line in self.driver.get_log("browser")]
 
 
 @pytest.fixture
@@ -192,6 +150,5 @@ def test_a_closed_server_asks_for_a_key_and_takes_it(
 
 def test_it_fits_a_telephone(page: Page) -> None:
     page.driver.set_window_size(390, 844)
-    width = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
-    assert page.driver.execute_script(width) == 0
+    assert page.sideways == 0
     page.driver.set_window_size(1200, 860)

@@ -4,78 +4,16 @@
  * header and closing the page (or "Stop") withdraws the job.
  */
 
+import { $, Refused, call, events, keepKey, watchReadiness } from "/page/server.js";
+
 const PREVIEWS = 8;
 const SHELF_LENGTH = 8;
-const KEY_STORAGE = "gesso-api-key";
 
-const $ = (id) => document.getElementById(id);
 let running = null; // AbortController of the request on its way
 let asking = null; // and of the question about the picture
 let models = [];
 
-// ---------------------------------------------------------------- talking to the gateway
-
-function headers(extra = {}) {
-  const key = $("key").value.trim();
-  return key ? { ...extra, Authorization: `Bearer ${key}` } : extra;
-}
-
-class Refused extends Error {
-  constructor(status, problem) {
-    super(problem?.error?.message ?? `The server answered ${status}.`);
-    this.status = status;
-  }
-}
-
-async function call(path, options = {}) {
-  const answer = await fetch(path, { ...options, headers: headers(options.headers) });
-  if (!answer.ok) throw new Refused(answer.status, await answer.json().catch(() => null));
-  return answer;
-}
-
-/** Yields the data of every event in a text/event-stream body; comments are heartbeats. */
-async function* events(body) {
-  let rest = "";
-  for await (const text of chunks(body.pipeThrough(new TextDecoderStream()))) {
-    const blocks = (rest + text).split("\n\n");
-    rest = blocks.pop();
-    for (const block of blocks) {
-      const lines = block.split("\n").filter((line) => line.startsWith("data:"));
-      const data = lines.map((line) => line.slice(5)).join("\n").trim();
-      if (data && data !== "[DONE]") yield JSON.parse(data);
-    }
-  }
-}
-
-/** Streams are not async iterable in every browser yet. */
-async function* chunks(stream) {
-  const reader = stream.getReader();
-  for (;;) {
-    const { done, value } = await reader.read();
-    if (done) return;
-    yield value;
-  }
-}
-
-// ---------------------------------------------------------------- the server's state
-
-function status(state, text) {
-  $("status").dataset.state = state;
-  $("status").textContent = text;
-}
-
-async function watchReadiness() {
-  try {
-    const answer = await fetch("/health/ready");
-    const health = await answer.json();
-    if (answer.ok) return status("ready", "ready");
-    const missing = Object.entries(health.services ?? {}).filter(([, one]) => !one.ready);
-    status("waiting", `warming up: ${missing.map(([name]) => name).join(", ") || "broker"}`);
-  } catch {
-    status("waiting", "the server does not answer");
-  }
-  setTimeout(watchReadiness, 2000);
-}
+// ---------------------------------------------------------------- models
 
 async function loadModels() {
   try {
@@ -284,11 +222,7 @@ function fail(sentence) {
 
 // ---------------------------------------------------------------- wiring
 
-$("key").value = sessionStorage.getItem(KEY_STORAGE) ?? "";
-$("key").addEventListener("change", () => {
-  sessionStorage.setItem(KEY_STORAGE, $("key").value.trim());
-  loadModels();
-});
+keepKey(loadModels);
 $("model").addEventListener("change", sizesOfModel);
 $("use-seed").addEventListener("click", () => { $("seed").value = $("use-seed").textContent; });
 $("cancel").addEventListener("click", () => running?.abort());
