@@ -36,6 +36,7 @@ def test_a_shipped_picture_is_the_same_alone_and_among_others(pipeline: TextToIm
         assert np.abs(alone - picture.pixels_HWC).max() <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["dequantized", "reference"])
 @pytest.mark.parametrize("name", ["sana-tiny-int4", "sana-tiny-nvfp4", "sana-tiny-w8a8"])
 def test_a_quantized_picture_is_the_same_alone_and_among_others(

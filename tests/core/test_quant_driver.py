@@ -24,6 +24,8 @@ from gesso_core.quant.record import QuantizedLinear
 from gesso_core.safe_files import read_tensors
 from torch import Tensor, from_numpy, nn
 
+pytestmark = pytest.mark.slow  # as a whole
+
 PROMPTS = ("a red apple", "an owl on a blue background")
 CHOICES = {"rank": 4, "steps": 2, "prompts": PROMPTS, "max_tokens": 64, "layers": "sana"}
 Quantize = Callable[..., QuantizationReport]

@@ -96,6 +96,7 @@ def test_iterations_help_and_gptq_helps_on_top(synthetic: SyntheticLayer) -> Non
     assert compensated.error < 0.9 * iterated.error
 
 
+@pytest.mark.slow
 def test_exact_and_randomized_svd_agree_in_output_error() -> None:
     ratios = []
     for seed in range(4):

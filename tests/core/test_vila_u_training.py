@@ -123,6 +123,7 @@ def test_a_wrong_claim_is_wrong_in_one_thing_that_it_says(sprite_set: SpriteSet)
     assert judge_question("a red disc. ") == "does this picture show a red disc?"
 
 
+@pytest.mark.slow
 def test_training_learns_and_continues(
     lessons: Lessons, vila_u: VilaUPipeline, tmp_path: Path
 ) -> None:

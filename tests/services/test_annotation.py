@@ -161,6 +161,7 @@ async def test_words_that_cannot_be_annotated_fail_by_their_field(
         raise InvalidRequest(state.problem.detail)
 
 
+@pytest.mark.slow
 async def test_without_words_the_reader_finds_them_and_an_empty_picture_has_none(
     start_service: Start, annotation_spec: Build, store: JobStore, gateway: Bus
 ) -> None:

@@ -18,6 +18,8 @@ from gesso_services.cli.main import app
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
+pytestmark = pytest.mark.slow  # as a whole
+
 PROMPTS = "a red apple\nan owl on a blue background, 3D style\n\na rocket\na birthday cake\n"
 QUICK = ("--rank", "8", "--steps", "1", "--prompts", "prompts.txt")
 

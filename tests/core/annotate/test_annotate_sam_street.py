@@ -9,6 +9,8 @@ from gesso_core.annotate.masks import decode_mask, mask_iou
 from gesso_core.annotate.pictures import open_picture
 from gesso_core.annotate.segmenter.contract import Prompt, Segmenter
 
+pytestmark = pytest.mark.slow  # as a whole
+
 KITTI = Path(__file__).parents[4] / "shared" / "data" / "annotation" / "kitti"
 
 

@@ -26,7 +26,9 @@ def picture(height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
     return np.repeat((disc * 180 + noise)[..., None], 3, axis=2).astype(np.uint8)
 
 
-@pytest.fixture(scope="module", params=["sam", "sam2", "sam-mobile"])
+@pytest.fixture(
+    scope="module", params=["sam", "sam2", pytest.param("sam-mobile", marks=pytest.mark.slow)]
+)
 def segmenter(request: pytest.FixtureRequest) -> Segmenter:
     if request.param == "sam-mobile":
         loaded: Segmenter = request.getfixturevalue("sam_mobile")

@@ -7,6 +7,8 @@ from gesso_core.annotate.char_sam.ocr import WheelReader
 from gesso_core.annotate.char_sam.vote import vote_on_strip
 from PIL import Image, ImageDraw, ImageFont
 
+pytestmark = pytest.mark.slow  # as a whole
+
 pytest.importorskip("rapidocr_onnxruntime", reason="install gesso[ocr]")
 FONT = ImageFont.truetype(str(next((SHIPPED / "scenes").glob("archivo*"))), 48)
 

@@ -12,9 +12,12 @@ from gesso_core.annotate.slf.measure import VARIANTS, real_samples, run_variant,
 from gesso_core.annotate.slf.prior import load_prior
 
 KITTI = Path(__file__).resolve().parents[4] / "shared" / "data" / "annotation" / "kitti"
-pytestmark = pytest.mark.skipif(
-    not KITTI.exists(), reason=f"{KITTI} is missing: KITTI frames may not be copied here"
-)
+pytestmark = [
+    pytest.mark.slow,  # as a whole
+    pytest.mark.skipif(
+        not KITTI.exists(), reason=f"{KITTI} is missing: KITTI frames may not be copied here"
+    ),
+]
 
 
 @pytest.fixture(scope="module")
