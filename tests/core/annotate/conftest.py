@@ -10,25 +10,8 @@ from gesso_core.annotate.segmenter.contract import Segmenter
 from gesso_core.annotate.segmenter.load import load_segmenter
 from gesso_core.annotate.slf.synthetic import SyntheticFrame, synthetic_frames
 from gesso_core.hub.store import DEFAULT_STORE
+from small_segmenter import write_segmenter
 
-SAM: dict[str, Any] = {
-    "vision_config": {
-        "hidden_size": 32,
-        "output_channels": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "image_size": 64,
-        "patch_size": 8,
-        "mlp_dim": 32,
-        "window_size": 4,
-        "global_attn_indexes": [1],
-        "num_pos_feats": 16,
-        "initializer_range": 0.3,
-    },
-    "prompt_encoder_config": {"hidden_size": 32, "image_size": 64, "patch_size": 8},
-    "mask_decoder_config": {"hidden_size": 32, "mlp_dim": 64, "iou_head_hidden_dim": 32},
-    "initializer_range": 0.3,
-}
 SAM2: dict[str, Any] = {
     "vision_config": {
         "backbone_config": {
@@ -59,18 +42,10 @@ SAM2: dict[str, Any] = {
 }
 
 
-def save_random(folder: Path, config_class: Any, model_class: Any, config: dict[str, Any]) -> Path:
-    torch.manual_seed(0)
-    model_class(config_class(**config)).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="session")
 def sam_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A SamModel of random weights, as it is published."""
-    from transformers import SamConfig, SamModel
-
-    return save_random(tmp_path_factory.mktemp("models") / "sam", SamConfig, SamModel, SAM)
+    return write_segmenter(tmp_path_factory.mktemp("models") / "sam")
 
 
 @pytest.fixture(scope="session")
@@ -78,7 +53,10 @@ def sam2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Sam2Model of random weights, as it is published."""
     from transformers import Sam2Config, Sam2Model
 
-    return save_random(tmp_path_factory.mktemp("models") / "sam2", Sam2Config, Sam2Model, SAM2)
+    folder = tmp_path_factory.mktemp("models") / "sam2"
+    torch.manual_seed(0)
+    Sam2Model(Sam2Config(**SAM2)).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
