@@ -205,7 +205,9 @@ def hart_rows(bench: Bench) -> Iterator[Row]:
         for pictures in SMOKE_BATCHES if bench.smoke else BATCHES:
             text = text_of(model, pictures)
             for graphs, host_noise, smooth in _ways(bench):
-                model.run = GraphedBlocks(model, 2 * pictures) if graphs else plain
+                model.run = plain  # what GraphedBlocks captures
+                if graphs:
+                    model.run = GraphedBlocks(model, 2 * pictures)
                 options = DrawOptions(smooth=smooth)
 
                 def draw(
@@ -336,10 +338,8 @@ def main() -> None:
             result["rows"].append(row)
             print(json.dumps(row), flush=True)
             if not bench.smoke:
+                RESULTS.write_text(json.dumps(result, indent=1) + "\n")
                 torch.cuda.reset_peak_memory_stats()
-    if not bench.smoke:
-        RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-        print(f"written: {RESULTS}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 Run = Callable[[], object]
-WARMUP_MS, REPEAT_MS = 200, 500
+WARMUP_MS, REPEAT_MS, GRAPH_REPEAT_MS = 25, 100, 40
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,14 @@ class Bench:
     dtype: torch.dtype
     smoke: bool
 
-    def microseconds(self, run: Run) -> float:
-        """Median of one call, as a host launches it."""
+    def microseconds(self, run: Run, repeat_ms: int = REPEAT_MS) -> float:
+        """Median of one call, as a host launches it, over ``repeat_ms``."""
         if self.smoke:
             return _wall(run)
         from triton.testing import do_bench
 
-        return 1e3 * float(do_bench(run, warmup=WARMUP_MS, rep=REPEAT_MS, return_mode="median"))
+        warmup = repeat_ms * WARMUP_MS // REPEAT_MS
+        return 1e3 * float(do_bench(run, warmup=warmup, rep=repeat_ms, return_mode="median"))
 
     def graph_microseconds(self, run: Run) -> float:
         """Median of one call inside a CUDA graph."""
@@ -41,7 +42,7 @@ class Bench:
             return _wall(run)
         from triton.testing import do_bench_cudagraph
 
-        return 1e3 * float(do_bench_cudagraph(run, rep=REPEAT_MS, return_mode="median"))
+        return 1e3 * float(do_bench_cudagraph(run, rep=GRAPH_REPEAT_MS, return_mode="median"))
 
     def about(self) -> dict[str, Any]:
         """Hardware, versions and date, for the record."""

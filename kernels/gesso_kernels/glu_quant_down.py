@@ -9,6 +9,7 @@ Gate and product are in fp32 and y is rounded once. Sana's point convolution rea
 # M rows   K columns, padded   R rank
 
 from collections.abc import Callable
+from typing import Final
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,9 @@ def glu_quant_down_ref(
     return quant_down_ref(y_MK, smooth_K, down_RK, format=format)
 
 
+STEP: Final = 128  # two inputs per column: more of them would not fit the registers
+
+
 @triton.jit
 def _tile(source, columns):  # type: ignore[no-untyped-def]
     x, row_starts, keep, width = source
@@ -78,7 +82,9 @@ def compile_specs() -> list[CompileSpec]:
     integers = ("M", "K", "width", "rank", "x_stride")
     formats: tuple[InputFormat, ...] = ("int4", "int8", "fp8", "nvfp4")
     return [
-        block_spec("glu_quant_down", _glu_quant_down_kernel, tensors, integers, format_, 32)
+        block_spec(
+            "glu_quant_down", _glu_quant_down_kernel, tensors, integers, format_, 32, step=STEP
+        )
         for format_ in formats
     ]
 
@@ -95,7 +101,7 @@ def glu_quant_down_triton(
     require_16bit(x_M2K)
     (rank, columns), rows = down_RK.shape, x_M2K.shape[0]
     out = empty_outputs(x_M2K, rows, columns, rank, format)
-    settings = launch(format, rank)
+    settings = launch(format, rank, step=STEP)
     x = rows_contiguous(x_M2K)
     if rows:
         _glu_quant_down_kernel[(triton.cdiv(rows, BLOCK_M),)](

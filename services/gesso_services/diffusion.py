@@ -65,6 +65,7 @@ class DiffusionSettings(ServiceSettings):
     memory_budget: Budget = Field(
         "8bit", description="4bit keeps quantized weights in 4 bit where 8 would be faster"
     )
+    cuda_graphs: bool = Field(True, description="replay the network on a GPU, not launch it")
     threads: int = Field(1, ge=1, description="CPU threads of one forward")
     max_batch_pixels: int = Field(4 * 1024 * 1024, ge=1, description="pixels that share a step")
     decode_timeout_s: float = Field(60.0, gt=0, description="one call of the autoencoder")
@@ -189,6 +190,7 @@ class DiffusionService:
             lora_folder=settings.lora_folder,
             quantized_mode=settings.quantized_mode,
             memory_budget=settings.memory_budget,
+            cuda_graphs=settings.cuda_graphs,
         )
 
     def _tell_of(self, name: str, context: ServiceContext) -> None:

@@ -111,7 +111,8 @@ def test_every_mode_is_described() -> None:
 @pytest.mark.parametrize("arch", ARCHITECTURES, ids=str)
 def test_a_table_holds_every_shape_class_and_says_its_source(arch: tuple[int, int]) -> None:
     table = load_table(arch)
-    assert table.source == "compiled, not yet timed"
+    timed = table.source.startswith("timed on NVIDIA")
+    assert timed if arch == (9, 0) else table.source == "compiled, not yet timed"
     for classes in table.tiles.values():
         assert list(classes) == ["tiny", "small", "medium", "large"]
     assert json.loads(table.to_json())["kernels"].keys() == table.tiles.keys()
@@ -162,8 +163,7 @@ def test_shape_classes_follow_tokens_and_outputs(tokens: int, rows: int, expecte
 
 
 def test_k_is_split_only_until_the_cores_are_busy() -> None:
-    tile = lookup_tile("gemm_w4a16", (9, 0), 16, 2240)
-    assert tile.split_k == 4
+    tile = Tile(block_m=16, block_n=64, block_k=64, warps=4, stages=4, split_k=4)
     assert tile.filling(16, 2240, cores=132).split_k == 4  # 35 tiles
     assert tile.filling(16, 11200, cores=132).split_k == 1  # 175 tiles
     assert tile.filling(1, 64, cores=132).split_k == 4

@@ -22,6 +22,7 @@ from gesso_core.lora.targets import LayerMap
 from gesso_core.models.keys.sana import SANA_ORIGINAL, sana_diffusers_keys
 from gesso_core.models.sana import Sana, TextContext
 from gesso_core.pipelines.draft import Draft
+from gesso_core.pipelines.graphed import GraphedSana
 from gesso_core.pipelines.memory import explained
 from gesso_core.pipelines.recipe import Canvas, GenerationRequest, Recipe, make_recipe
 from gesso_core.registry import ModelEntry
@@ -50,7 +51,8 @@ class Denoiser:
     """All of text to image but the autoencoder.
 
     ``canvas`` and ``scaling_factor`` describe the autoencoder whose latents the model draws;
-    ``lora_folder`` has the LoRAs that a request may name.
+    ``lora_folder`` has the LoRAs that a request may name; ``cuda_graphs`` replays the network on a
+    GPU instead of launching it, where no LoRA is on.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Denoiser:
         identity: Identity,
         domain: Domain | None = None,
         lora_folder: Path | None = None,
+        cuda_graphs: bool = True,
     ) -> None:
         self.entry = entry
         self.model = model
@@ -73,6 +76,7 @@ class Denoiser:
         self.identity = identity
         self.domain = domain
         self.loras = None if lora_folder is None else _library(lora_folder, model)
+        self.graphed = GraphedSana(model) if cuda_graphs and self.device.type == "cuda" else None
 
     @property
     def autoencoder(self) -> str:
@@ -170,7 +174,8 @@ class Denoiser:
         times_B = torch.tensor([time for _, time in inputs], device=self.device)
         scales_B = torch.tensor([d.recipe.guidance_scale for d in drafts], device=self.device)
         config = self.model.config
-        velocity_BCHW: Tensor = self.model(
+        network = self.model if self.graphed is None or drafts[0].loras else self.graphed
+        velocity_BCHW: Tensor = network(
             latents_BCHW.repeat_interleave(rows, dim=0),
             times_B.repeat_interleave(rows) * config.timestep_scale,
             TextContext.concatenate([draft.text for draft in drafts]),

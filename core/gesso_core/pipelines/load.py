@@ -53,13 +53,14 @@ def load_denoiser(
     lora_folder: Path | None = None,
     quantized_mode: Mode | None = None,
     memory_budget: Budget = "8bit",
+    cuda_graphs: bool = True,
 ) -> Denoiser:
     """Denoiser and text encoder; of the autoencoder only the configuration is read.
 
     ``dtype``: by default what the weights were trained for on a GPU, float32 on a CPU. ``name``
     is what a folder shall be called, by default what it is called. ``lora_folder`` has the files
     that a request may name in ``loras``. ``quantized_mode`` and ``memory_budget`` are for quantized
-    weights (see `load_quantized_sana`); others are loaded as ever.
+    weights (see `load_quantized_sana`); others are loaded as ever. ``cuda_graphs``: see `Denoiser`.
     """
     parts = resolve_parts(name_or_folder, store=store)
     require_its_autoencoder(parts.transformer, parts.autoencoder)
@@ -91,6 +92,7 @@ def load_denoiser(
         identity=_identity(parts.transformer, model),
         domain=Domain.from_folder(parts.base, text_encoder),
         lora_folder=lora_folder,
+        cuda_graphs=cuda_graphs,
     )
 
 
