@@ -2,7 +2,9 @@
 
     python -m gesso_core.annotate.char_sam.evaluate --data ../shared/data/annotation
 
-Without ``--data`` only scenes of our own are measured. The exit code is 1 when a promise is broken.
+Without ``--data`` only scenes of our own are measured: those that were looked at while the method
+was tuned, and the held-out ones, whose fonts, words and walls were not. The exit code is 1 when a
+promise is broken.
 """
 
 import argparse
@@ -10,12 +12,11 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from gesso_core.annotate.char_sam.glyphs import font_set
+from gesso_core.annotate.char_sam.held_out import SCENES, held_out_scenes
 from gesso_core.annotate.char_sam.measure import (
     BOX_SOURCES,
     CHARACTER,
@@ -31,22 +32,15 @@ from gesso_core.annotate.char_sam.overlay import overlay
 from gesso_core.annotate.char_sam.pipeline import CharSam
 from gesso_core.annotate.char_sam.scenes import Scene, load_photographs, load_scenes
 from gesso_core.annotate.char_sam.synthetic import make_scenes
+from gesso_core.annotate.char_sam.tables import Check, as_json, report
 from gesso_core.annotate.segmenter.contract import Segmenter
 from gesso_core.annotate.segmenter.load import DEFAULT_SEGMENTER, load_segmenter
 from gesso_core.errors import GessoError, Unavailable
 from gesso_core.pipelines.pictures import encode_picture
 
 DEVELOPMENT, MADE = "development scenes", "scenes made here"
+HELD_OUT = "held-out scenes, never seen"
 OURS = BOX_SOURCES[4]
-
-
-@dataclass(frozen=True)
-class Check:
-    """A promise, what was measured, and whether it is kept."""
-
-    promise: str
-    measured: str
-    kept: bool
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     try:
         segmenter = load_segmenter(options.segmenter)
-        scenes = gather(options.data, options.made)
+        scenes = gather(options.data, options.made, options.held_out)
     except GessoError as error:
         print(error.message, file=sys.stderr)
         return 2
@@ -79,16 +73,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.json.write_text(json.dumps(as_json(measured, checks, segmenter.name), indent=1))
     if options.overlays is not None:
         draw_overlays(scenes, segmenter, options.overlays)
-    return 0 if all(check.kept for check in checks) else 1
+    return 0 if all(check.kept for check in checks if not check.told_only) else 1
 
 
-def gather(data: Path | None, made: int) -> dict[str, list[Scene]]:
+def gather(data: Path | None, made: int, held_out: int = 0) -> dict[str, list[Scene]]:
     """The groups of scenes by name; each photograph is a group of its own."""
     groups: dict[str, list[Scene]] = {}
     if data is not None:
         groups[DEVELOPMENT] = load_scenes(data / "scene_text" / "synthetic")
     if made:
         groups[MADE] = make_scenes(made)
+    if held_out:
+        groups[HELD_OUT] = held_out_scenes(held_out)
     if data is not None:
         groups |= {
             f"photograph {scene.name}": [scene]
@@ -115,7 +111,7 @@ def all_checks(measured: Sequence[Measured], speed: tuple[float, int]) -> list[C
     checks = []
     for group in measured:
         if group.box_ious:
-            checks += scene_checks(group)
+            checks += scene_checks(group, told_only=group.name == HELD_OUT)
         else:
             checks.append(order_check(group))
     seconds, calls = speed
@@ -124,8 +120,12 @@ def all_checks(measured: Sequence[Measured], speed: tuple[float, int]) -> list[C
     return checks
 
 
-def scene_checks(group: Measured) -> list[Check]:
-    """The promises for scenes whose characters are known."""
+def scene_checks(group: Measured, *, told_only: bool = False) -> list[Check]:
+    """The promises for scenes whose characters are known.
+
+    The order of the methods is promised on every set. The bounds were set for the development
+    scenes; on the held-out ones, which are harder, they are told.
+    """
     gain = group.iou(GLYPH) - group.iou(WORD)
     rows = (
         ("default settings, fgIoU >= 0.84", group.iou(COLOUR), 0.84),
@@ -134,7 +134,8 @@ def scene_checks(group: Measured) -> list[Check]:
         ("refined boxes that overlap by half, >= 0.93", group.boxes_found(OURS), 0.93),
     )
     named = [
-        Check(f"{group.name}: {text}", f"{got:.3f}", got >= least) for text, got, least in rows
+        Check(f"{group.name}: {text}", f"{got:.3f}", got >= least, told_only)
+        for text, got, least in rows
     ]
     return [*named, order_check(group)]
 
@@ -142,66 +143,12 @@ def scene_checks(group: Measured) -> list[Check]:
 def order_check(group: Measured) -> Check:
     """Word box, character box, registered glyph and stroke colour: each better than the last."""
     order = [group.iou(method) for method in (WORD, CHARACTER, GLYPH, COLOUR)]
-    text = " < ".join(f"{iou:.3f}" for iou in order)
+    text = ", ".join(f"{iou:.3f}" for iou in order)
     return Check(
         f"{group.name}: word < character < + glyph < + colour",
         text,
         all(a < b for a, b in pairwise(order)),
     )
-
-
-def report(measured: Sequence[Measured], checks: Sequence[Check], segmenter: str) -> str:
-    """The tables as text."""
-    lines = [f"segmenter {segmenter}, one crop per word unless the row says otherwise", ""]
-    for number, group in enumerate(measured, start=1):
-        lines.append(f"[{number}] {group.name}: {group.words} words, {group.characters} characters")
-    heads = "".join(f"{f'[{number}]':>9}" for number in range(1, len(measured) + 1))
-    lines += ["", f"{'foreground IoU':34} {'boxes':8}{heads}"]
-    for method in METHODS:
-        cells = [
-            _cell(group.overlaps[method].iou if method in group.overlaps else None)
-            for group in measured
-        ]
-        if any(cell.strip() != "-" for cell in cells):
-            lines.append(f"{method.title:34} {method.boxes:8}{''.join(cells)}")
-    lines += ["", *_box_table(measured), ""]
-    for check in checks:
-        lines.append(f"{'kept  ' if check.kept else 'BROKEN'} {check.promise}: {check.measured}")
-    return "\n".join(lines)
-
-
-def as_json(
-    measured: Sequence[Measured], checks: Sequence[Check], segmenter: str
-) -> dict[str, Any]:
-    """The same numbers for machines."""
-    return {
-        "segmenter": segmenter,
-        "groups": [
-            {
-                "name": group.name,
-                "words": group.words,
-                "characters": group.characters,
-                "methods": [
-                    {
-                        "method": method.title,
-                        "boxes": method.boxes,
-                        "fg_iou": round(seen.iou, 4),
-                        "f": round(seen.f, 4),
-                    }
-                    for method, seen in group.overlaps.items()
-                ],
-                "boxes": {
-                    source: {
-                        "mean_iou": round(sum(ious) / max(len(ious), 1), 4),
-                        "at_least_half": round(group.boxes_found(source), 4),
-                    }
-                    for source, ious in group.box_ious.items()
-                },
-            }
-            for group in measured
-        ],
-        "checks": [vars(check) for check in checks],
-    }
 
 
 def draw_overlays(scenes: dict[str, list[Scene]], segmenter: Segmenter, folder: Path) -> None:
@@ -212,28 +159,6 @@ def draw_overlays(scenes: dict[str, list[Scene]], segmenter: Segmenter, folder: 
         result = annotator.annotate(scene.picture_HW3, scene.words)
         drawn = encode_picture(overlay(scene.picture_HW3, result))
         (folder / f"{scene.name}.png").write_bytes(drawn)
-
-
-def _box_table(measured: Sequence[Measured]) -> list[str]:
-    """How well each kind of box fits, in the groups whose true boxes are known."""
-    known = [(number, group) for number, group in enumerate(measured, start=1) if group.box_ious]
-    heads = "".join(f"{f'[{number}]':>14}" for number, _ in known)
-    lines = [f"{'boxes: mean IoU (share >= 0.5)':34}{heads}"]
-    for source in BOX_SOURCES:
-        cells = "".join(_box_cell(group, source) for _, group in known)
-        lines.append(f"{source:34}{cells}")
-    return lines
-
-
-def _cell(iou: float | None) -> str:
-    return f"{'-' if iou is None else f'{iou:.3f}':>9}"
-
-
-def _box_cell(group: Measured, source: str) -> str:
-    ious = group.box_ious[source]
-    if not any(ious):
-        return f"{'-':>14}"
-    return f"{f'{sum(ious) / len(ious):.2f} ({group.boxes_found(source):.2f})':>14}"
 
 
 def _reader() -> TextReader | None:
@@ -249,6 +174,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="folder with scene_text/synthetic and /real")
     parser.add_argument("--segmenter", default=DEFAULT_SEGMENTER, type=_name_or_folder)
     parser.add_argument("--made", type=int, default=10, help="scenes to make (default 10)")
+    parser.add_argument(
+        "--held-out", type=int, default=SCENES, help=f"held-out scenes (default all {SCENES})"
+    )
     parser.add_argument("--quick", action="store_true", help="only the rows that are promised")
     parser.add_argument("--json", type=Path, help="write the numbers here too")
     parser.add_argument("--overlays", type=Path, help="folder for pictures of the results")

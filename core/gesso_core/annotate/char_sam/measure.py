@@ -27,7 +27,7 @@ from gesso_core.annotate.char_sam.view import WordView, candidates, local_box, l
 from gesso_core.annotate.char_sam.vote import vote
 from gesso_core.annotate.char_sam.words import PlacedMask, hull_of
 from gesso_core.annotate.kitti.boxes import iou_2d
-from gesso_core.annotate.masks import Mask, Overlap, overlap, pooled
+from gesso_core.annotate.masks import Mask, Overlap, mask_iou, overlap, pooled
 from gesso_core.annotate.segmenter.contract import Prompt, Segmenter
 
 # H, W picture
@@ -82,11 +82,12 @@ BOX_SOURCES = (
 
 @dataclass
 class Measured:
-    """Pixels of each method, and how well each kind of box fits."""
+    """Pixels of each method, how well each kind of box fits, and how each word fared."""
 
     name: str
     overlaps: dict[Method, Overlap] = field(default_factory=dict)
     box_ious: dict[str, list[float]] = field(default_factory=dict)
+    word_ious: list[tuple[str, str, float]] = field(default_factory=list)  # scene, text, default's
     words: int = 0
     characters: int = 0
 
@@ -123,8 +124,13 @@ def measure(
             _add_boxes(result, view, scene.characters[number], fonts, segments)
             for method in usable:
                 local_HW = _mask(view, method, segments, remembering, fonts)
-                if local_HW is not None:
-                    PlacedMask(*view.origin, local_HW).add_to(painted[method])
+                if local_HW is None:
+                    continue
+                word_mask = PlacedMask(*view.origin, local_HW)
+                word_mask.add_to(painted[method])
+                if method == COLOUR:
+                    iou = mask_iou(word_mask.paint(scene.values_HW.shape), scene.truth(number))
+                    result.word_ious.append((scene.name, word.text, iou))
             result.words += 1
             result.characters += len(segments["refined"])
         _add_full(painted, scene, remembering)

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from gesso_core.annotate.char_sam.readers import load_json, read_words_json
-from gesso_core.annotate.char_sam.words import Box, WordAnnotation
+from gesso_core.annotate.char_sam.words import WordAnnotation
+from gesso_core.annotate.geometry import Box
 from gesso_core.annotate.masks import Mask
 from gesso_core.annotate.pictures import open_picture
 from gesso_core.errors import InvalidRequest
