@@ -53,10 +53,11 @@ def test_a_missing_calibration_file_is_named(tmp_path: Path) -> None:
 
 
 @given(st.floats(-20, 20), st.floats(-3, 3), st.floats(1, 80))  # anywhere in front of the camera
-def test_projecting_is_undone_by_unprojecting(x: float, y: float, z: float) -> None:
+def test_a_point_lies_on_the_ray_of_its_pixel(x: float, y: float, z: float) -> None:
     calibration = parse_calibration(CALIBRATION)
     uv, depth = calibration.project([[x, y, z]])
-    np.testing.assert_allclose(calibration.unproject(uv, depth), [[x, y, z]], atol=1e-9)
+    origin, rays = calibration.rays(uv)
+    np.testing.assert_allclose(origin + depth[:, None] * rays, [[x, y, z]], atol=1e-9)
     velo = calibration.velo_from_rect([[x, y, z]])
     np.testing.assert_allclose(calibration.rect_from_velo(velo), [[x, y, z]], atol=1e-9)
 
@@ -107,8 +108,10 @@ def test_a_point_cloud_of_the_wrong_length_is_refused() -> None:
         parse_points(bytes(17))
 
 
-def test_points_that_are_not_finite_are_left_out() -> None:
-    cloud = np.array([[1, 2, 3, 0.5], [np.nan, 0, 0, 0], [4, 5, np.inf, 1]], np.float32)
+def test_points_that_no_lidar_can_have_seen_are_left_out() -> None:
+    cloud = np.array(
+        [[1, 2, 3, 0.5], [np.nan, 0, 0, 0], [4, 5, np.inf, 1], [1e38, 0, 0, 1]], np.float32
+    )
     assert parse_points(cloud.tobytes()).tolist() == [[1, 2, 3, 0.5]]
 
 

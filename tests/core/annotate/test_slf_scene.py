@@ -15,7 +15,7 @@ from gesso_core.annotate.slf.lift import largest_cluster, object_points, start_p
 from gesso_core.annotate.slf.measure import Sample, summarize
 from gesso_core.annotate.slf.meshes import volume
 from gesso_core.annotate.slf.observations import observe, stack
-from gesso_core.annotate.slf.occupancy import occupied_voxels
+from gesso_core.annotate.slf.occupancy import occupancy_ply, occupied_voxels
 from gesso_core.annotate.slf.overlaps import OwnedMask, resolve
 from gesso_core.annotate.slf.prior import ShapePrior, extent_of, load_prior
 from gesso_core.annotate.slf.results import FittedCar, Flag, picture_boxes
@@ -89,6 +89,22 @@ def test_filled_voxels_have_the_shapes_volume(
     assert points_in_boxes(centres, [(h + 0.1, w + 0.1, length + 0.1, *rest)]).all()
     with pytest.raises(InvalidRequest, match="voxel is 0"):
         occupied_voxels(outcomes[0], prior, calibration, voxel=0.0)
+
+
+def test_filled_voxels_are_written_as_points_of_the_scan_with_the_cars_number(
+    frame: SyntheticFrame, prior: ShapePrior, outcomes: list[FittedCar]
+) -> None:
+    calibration = frame.scene.calibration
+    data = occupancy_ply(outcomes[:2], prior, calibration, voxel=0.2)
+    header, _, body = data.partition(b"end_header\n")
+    rows = np.frombuffer(body, [("centre", "<f4", 3), ("object", "<u4")])
+    assert f"element vertex {len(rows)}\n".encode() in header
+    assert b"voxels of 0.2 m" in header
+    for number, car in enumerate(outcomes[:2]):
+        centres = rows["centre"][rows["object"] == number]
+        expected = occupied_voxels(car, prior, calibration, voxel=0.2)
+        np.testing.assert_allclose(centres, (expected + 0.5) * 0.2, atol=1e-4)
+    assert b"element vertex 0\n" in occupancy_ply([], prior, calibration)
 
 
 def test_an_object_is_fitted_the_same_alone_and_among_others(
@@ -185,11 +201,12 @@ def blob(box: tuple[int, int, int, int]) -> SegmentedObject:
     [
         (blob((600, 20, 700, 60)), "horizon"),
         (SegmentedObject(np.zeros((375, 1242), bool), (10, 10, 50, 50)), "mask is empty"),
-        (replace(blob((10, 10, 50, 50)), box=(1300, 10, 1400, 50)), "outside the picture"),
+        (SegmentedObject(np.zeros((375, 1242), bool), (0, 0, 0, 0)), "mask is empty"),
+        (replace(blob((10, 10, 50, 50)), box=(1300, 10, 1400, 50)), "beside the picture"),
         (replace(blob((10, 10, 50, 50)), box=(50, 10, 10, 50)), "left < right"),
         (replace(blob((10, 10, 50, 50)), box=(10, 10, 50, math.nan)), "left < right"),
     ],
-    ids=["sky", "empty", "outside", "crossed", "nan"],
+    ids=["sky", "empty", "empty at a point", "outside", "crossed", "nan"],
 )
 def test_one_bad_object_does_not_stop_the_others(
     bad: SegmentedObject, reason: str, frame: SyntheticFrame, prior: ShapePrior
@@ -198,6 +215,8 @@ def test_one_bad_object_does_not_stop_the_others(
     refused, found = annotate_cars(scene, prior, SlfOptions(fit=FitOptions(coarse_steps=2)))
     assert isinstance(refused, Refused)
     assert reason in refused.reason
+    counted = refused.reason.partition(":")[0]
+    assert not any(character.isdigit() for character in counted)  # or none is counted twice
     assert isinstance(found, FittedCar)
 
 
@@ -260,6 +279,18 @@ def test_the_background_behind_a_car_is_dropped() -> None:
     kept = largest_cluster(np.vstack([wall, car]))
     assert len(kept) == 300
     assert kept[:, 2].max() < 12
+
+
+def test_a_mask_over_the_whole_scan_is_clustered_in_time() -> None:
+    rng = np.random.default_rng(0)
+    z = rng.uniform(2, 60, 200_000)
+    frustum = np.column_stack([z * rng.uniform(-0.8, 0.8, len(z)), rng.uniform(0, 1.5, len(z)), z])
+    far = rng.uniform((-2, 0.5, 70), (2, 1.5, 74), (500, 3))
+    begun = time.process_time()
+    kept = largest_cluster(np.vstack([far, frustum]))
+    assert time.process_time() - begun < 4
+    assert len(kept) > 199_000
+    assert kept[:, 2].max() < 61
 
 
 def test_the_summary_counts_what_was_refused_as_missed(

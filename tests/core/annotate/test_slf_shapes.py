@@ -71,6 +71,14 @@ def test_the_quick_search_is_right_to_half_a_voxel() -> None:
     assert difference.abs().max() < 0.1 * math.sqrt(3) / 2 + 0.01
 
 
+def test_a_point_that_is_no_number_has_no_distance_and_stops_nothing() -> None:
+    points = torch.tensor([[[0.0, 0.0, 0.0], [float("nan"), 0.0, 0.0]]])
+    inside, unknown = sample(ball(), points)[0].tolist()
+    assert inside < 0
+    assert math.isnan(unknown)
+    assert sample_nearest(ball(), points.unbind(-1)).shape == (1, 2)
+
+
 def test_poses_are_undone() -> None:
     pose = Pose.from_rows(torch.tensor([[1.0, 1.7, 20.0, 0.4], [0.0, 0.0, 5.0, -2.0]]))
     points = torch.randn(2, 7, 3, generator=torch.Generator().manual_seed(1))

@@ -13,7 +13,8 @@ import numpy as np
 import shapely
 from numpy.typing import ArrayLike, NDArray
 
-from gesso_core.annotate.kitti.calibration import Calibration, Floats
+from gesso_core.annotate.geometry import Floats
+from gesso_core.annotate.kitti.calibration import Calibration
 
 # The bottom face, then the same four corners of the top face: signs of l/2, share of -h, of w/2.
 _CORNERS_83 = np.array(

@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from gesso_core.annotate.geometry import Floats
 from gesso_core.errors import InvalidRequest
-
-Floats = NDArray[np.float64]
 
 _SIZES = {"P2": (3, 4), "R0_rect": (3, 3), "Tr_velo_to_cam": (3, 4)}
 # KITTI's raw and tracking archives spell two of the names differently.
@@ -109,11 +108,6 @@ class Calibration:
         directions = np.linalg.solve(self.camera_matrix, homogeneous.T).T
         return self.camera_center, np.asarray(directions, np.float64)
 
-    def unproject(self, uv_N2: ArrayLike, depth_N: ArrayLike) -> Floats:
-        """Points (N, 3) that project to these pixels at depth c: the inverse of `project`."""
-        origin, directions = self.rays(uv_N2)
-        return origin + directions * np.asarray(depth_N, dtype=np.float64)[:, None]
-
 
 def parse_calibration(text: str, source: str = "calibration") -> Calibration:
     """Read the text of a KITTI calib file by the names of its lines.
@@ -128,6 +122,12 @@ def parse_calibration(text: str, source: str = "calibration") -> Calibration:
             raise _malformed(name, f"is missing; the file has {have}", source)
     p2, r0, velo_to_cam = (_matrix(name, lines[name], source) for name in _SIZES)
     return Calibration(p2, r0, velo_to_cam, source)
+
+
+def format_calibration(calibration: Calibration) -> str:
+    """The three lines that `parse_calibration` reads again to the last digit."""
+    named = zip(_SIZES, calibration._matrices(), strict=True)
+    return "".join(f"{name}: {' '.join(map(repr, m.ravel().tolist()))}\n" for name, m in named)
 
 
 def _named_numbers(text: str, source: str) -> list[tuple[str, list[str]]]:

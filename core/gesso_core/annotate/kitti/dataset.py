@@ -16,10 +16,13 @@ from gesso_core.pipelines.pictures import Pixels
 
 _PICTURES = (".png", ".jpg", ".jpeg")
 _BYTES_PER_POINT = 16  # x, y, z, reflectance in float32
+_FARTHEST = 10_000.0  # metres
 
 
 def parse_points(data: bytes, source: str = "point cloud") -> NDArray[np.float32]:
-    """LiDAR returns (N, 4): x, y, z in metres, reflectance; those not finite are left out.
+    """LiDAR returns (N, 4): x, y, z in metres, reflectance.
+
+    Those that are not finite, or farther away than any LiDAR sees, are left out.
 
     Raises:
         InvalidRequest: a length that is not a whole number of points.
@@ -31,7 +34,8 @@ def parse_points(data: bytes, source: str = "point cloud") -> NDArray[np.float32
             field="points",
         )
     points = np.frombuffer(data, dtype="<f4").reshape(-1, 4)
-    return np.ascontiguousarray(points[np.isfinite(points).all(axis=1)])
+    near = (np.abs(points[:, :3]) <= _FARTHEST).all(axis=1)  # so says no NaN
+    return np.ascontiguousarray(points[near & np.isfinite(points[:, 3])])
 
 
 def read_points(path: Path) -> NDArray[np.float32]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from gesso_core.annotate.geometry import Box
 from gesso_core.errors import InvalidRequest
 
 DONT_CARE = "DontCare"
@@ -29,7 +30,7 @@ class KittiObject:
     truncated: float = -1.0  # 0..1 share outside the picture, -1 unknown
     occluded: int = -1  # 0 visible, 1 partly, 2 largely, 3 unknown
     alpha: float = UNKNOWN_ALPHA  # observation angle
-    box2d: tuple[float, float, float, float]  # left, top, right, bottom
+    box2d: Box  # left, top, right, bottom
     size: tuple[float, float, float] = (-1.0, -1.0, -1.0)  # height, width, length
     location: tuple[float, float, float] = (-1000.0, -1000.0, -1000.0)
     rotation_y: float = -10.0

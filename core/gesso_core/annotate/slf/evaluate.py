@@ -77,12 +77,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--frames", type=int, default=FRAMES, help="synthetic frames; 0 for none")
     parser.add_argument("--variant", action="append", choices=list(VARIANTS), help="only these")
     parser.add_argument("--json", type=Path, help="also write all measures to this file")
+    parser.add_argument("--prior", type=Path, help="folder with a shape prior of your own")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     variants = options.variant or list(VARIANTS)
     try:
-        results = _measure_all(options, load_prior(), variants)
+        results = _measure_all(options, load_prior(folder=options.prior), variants)
     except GessoError as error:
         print(error.message, file=sys.stderr)
         return 2

@@ -5,9 +5,8 @@
 from typing import Final, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from gesso_core.annotate.geometry import Floats
 
 CAMERA_HEIGHT: Final = 1.65  # metres, of KITTI's car
 _INLIER: Final = 0.08  # metres

@@ -7,23 +7,22 @@ from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import binary_erosion
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
+from gesso_core.annotate.geometry import Floats
 from gesso_core.annotate.kitti.calibration import Calibration
 from gesso_core.annotate.masks import Mask
 from gesso_core.annotate.slf.ground import Ground
 from gesso_core.errors import InvalidRequest
-
-Floats = NDArray[np.float64]
 
 YAWS: Final = 8  # over half a turn: front and back look nearly alike
 FEW_POINTS: Final = 5
 _ERODED_FROM: Final = 600  # pixels; smaller masks have none to spare
 _ABOVE_GROUND: Final = 0.12  # metres
 _CELL: Final = 0.1
+_MOST_CELLS, _LARGE_CELL = 10_000, 0.4  # beyond so many cells, larger ones: in links
 _LINK, _FAR_LINK, _FAR = 0.7, 1.1, 25.0  # metres: neighbours of a cluster, and beyond which depth
 _CORE: Final = 3  # points within the link that make a point part of a cluster's core
 _NEAR_SHARE: Final = 15  # percent
@@ -46,9 +45,12 @@ def points_in_mask(
     """Indices of the points that project into the mask, without its outermost pixels."""
     height, width = mask_HW.shape
     seen = np.flatnonzero(calibration.in_image(points_rect_N3, width, height))
-    pixels = calibration.project(points_rect_N3[seen])[0].astype(int)
-    inner = binary_erosion(mask_HW) if mask_HW.sum() > _ERODED_FROM else mask_HW
-    return np.asarray(seen[inner[pixels[:, 1], pixels[:, 0]]])
+    u, v = calibration.project(points_rect_N3[seen])[0].astype(int).T
+    inside = mask_HW[v, u]
+    if mask_HW.sum() > _ERODED_FROM:
+        framed = np.pad(mask_HW, 1)  # so that (u, v) stands at (u + 1, v + 1)
+        inside &= framed[v, u + 1] & framed[v + 2, u + 1] & framed[v + 1, u] & framed[v + 1, u + 2]
+    return np.asarray(seen[inside])
 
 
 def raised_points(
@@ -77,15 +79,20 @@ def largest_cluster(points_N3: Floats) -> Floats:
 
     Drops what was seen through windows, and what a mask took of the background. Points that have
     fewer than two neighbours are kept only where there is no group at all.
+
+    Whole cells of 0.1 m are linked instead of single points. A mask whose points fill more than
+    10,000 of them holds far more than a car: its cells are 0.4 links wide, so that none has more
+    than twenty neighbours and the work stays linear in the points.
     """
     if len(points_N3) < _CORE:
         return points_N3
     link = _FAR_LINK if np.median(points_N3[:, 2]) > _FAR else _LINK
-    # Near cars have thousands of points: whole cells are linked instead of single points.
-    cells, cell_of, counts = np.unique(
-        np.round(points_N3[:, ::2] / _CELL), axis=0, return_inverse=True, return_counts=True
-    )
-    tree = cKDTree(cells * _CELL)
+    cell = _CELL
+    cells, cell_of, counts = _cells(points_N3, cell)
+    if len(cells) > _MOST_CELLS:
+        cell = _LARGE_CELL * link
+        cells, cell_of, counts = _cells(points_N3, cell)
+    tree = cKDTree(cells * cell)
     pairs = tree.query_pairs(link, output_type="ndarray")
     neighbours = counts + np.bincount(pairs[:, 0], counts[pairs[:, 1]], len(cells))
     neighbours = neighbours + np.bincount(pairs[:, 1], counts[pairs[:, 0]], len(cells))
@@ -99,7 +106,15 @@ def largest_cluster(points_N3: Floats) -> Floats:
         border = ~core[a] & core[b]
         group[a[border]] = group[b[border]]
     weight = np.bincount(group, np.where(core, counts, 0))
-    return np.asarray(points_N3[(group == weight.argmax())[cell_of.ravel()]])
+    return np.asarray(points_N3[(group == weight.argmax())[cell_of]])
+
+
+def _cells(points_N3: Floats, side: float) -> tuple[Floats, NDArray[np.intp], NDArray[np.intp]]:
+    """Cells of the ground plane that hold points, each point's cell, and the points of each."""
+    cells, cell_of, counts = np.unique(
+        np.round(points_N3[:, ::2] / side), axis=0, return_inverse=True, return_counts=True
+    )
+    return cells, cell_of.ravel(), counts
 
 
 def start_poses(
@@ -126,8 +141,9 @@ def start_poses(
     if len(points_N3):
         if np.median(ground.height(points_N3)) > _HIGHEST:
             raise InvalidRequest(
-                f"the points in this mask are {np.median(ground.height(points_N3)):.1f} m above "
-                "the ground; a car stands on it: prompt another object",
+                "above the ground: the points in this mask are "
+                f"{np.median(ground.height(points_N3)):.1f} m above it, but a car stands on it; "
+                "prompt another object",
                 field="objects",
             )
         near = float(np.percentile((points_N3[:, ::2] - origin) @ along, _NEAR_SHARE))
@@ -150,8 +166,8 @@ def _range_from_mask(height: int, bottom: float, calibration: Calibration, groun
     slope = ray[0, 1] - ground.b  # how fast the lowest pixel's ray falls towards the ground
     if slope * _FARTHEST <= ground.c:
         raise InvalidRequest(
-            f"this mask ends in row {bottom:.0f}, at or above the horizon, and has no LiDAR "
-            "points; a car stands on the ground: prompt another object",
+            f"at or above the horizon: this mask ends in row {bottom:.0f} and has no LiDAR points, "
+            "but a car stands on the ground; prompt another object",
             field="objects",
         )
     return min(calibration.focal * _USUAL_HEIGHT / height, _FARTHEST)

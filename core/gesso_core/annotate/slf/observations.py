@@ -11,12 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gesso_core.annotate.geometry import Box, Floats
 from gesso_core.annotate.kitti.calibration import Calibration
 from gesso_core.annotate.slf.ground import Ground
 from gesso_core.annotate.slf.lift import Starts
-from gesso_core.annotate.slf.overlaps import Box2D, OwnedMask
-
-Floats = NDArray[np.float64]
+from gesso_core.annotate.slf.overlaps import OwnedMask
 
 MARGIN: Final = 0.12  # of the box's side, added on each of its sides
 PIXELS: Final = (14, 28)  # rows and columns compared with the mask
@@ -65,7 +64,7 @@ Part = TypeVar("Part", Observations, Raster, Returns)
 
 def observe(
     owned: OwnedMask,
-    box: Box2D,
+    box: Box,
     points_N3: Floats,
     starts: Starts,
     calibration: Calibration,
@@ -104,7 +103,7 @@ def _tensor(array: Floats | NDArray[np.bool_]) -> Tensor:
 
 
 def _raster(
-    owned: OwnedMask, box: Box2D, calibration: Calibration, rows: int, columns: int
+    owned: OwnedMask, box: Box, calibration: Calibration, rows: int, columns: int
 ) -> Raster:
     """Pixels evenly spread over the box and a margin, as far as the picture reaches."""
     height, width = owned.mask_HW.shape

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from gesso_core.annotate.geometry import Box
 from gesso_core.annotate.masks import Mask
-
-Box2D = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -21,13 +20,13 @@ class OwnedMask:
     hidden_HW: Mask  # says nothing of this object, which may go on behind
 
 
-def nearest_first(boxes: Sequence[Box2D], depths: Sequence[float]) -> list[int]:
+def nearest_first(boxes: Sequence[Box], depths: Sequence[float]) -> list[int]:
     """Order by the lower edge of the box (lower is nearer), then by median LiDAR depth (metres)."""
     return sorted(range(len(boxes)), key=lambda i: (-round(boxes[i][3]), depths[i]))
 
 
 def resolve(
-    masks: Sequence[Mask], boxes: Sequence[Box2D], depths: Sequence[float]
+    masks: Sequence[Mask], boxes: Sequence[Box], depths: Sequence[float]
 ) -> list[OwnedMask]:
     """Take from each mask the pixels of nearer ones; the result keeps the order of the input."""
     owned: dict[int, OwnedMask] = {}

@@ -13,7 +13,8 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from gesso_core.annotate.geometry import Floats
+
 Range = tuple[float, float]
 
 

@@ -8,14 +8,12 @@ from typing import Final
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from gesso_core.annotate.geometry import Floats
 from gesso_core.annotate.kitti.boxes import rotate_y
 from gesso_core.annotate.slf.procedural_cars import Car, car_distance
 from gesso_core.annotate.slf.sdf import Grid, sample
-
-Floats = NDArray[np.float64]
 
 _VOXEL: Final = 0.05  # finer than the prior's, so that the truth is not of the prior's making
 _ROOM: Final = 0.2  # metres of grid around the car

@@ -9,20 +9,17 @@ from typing import Final
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from gesso_core.annotate.geometry import Box, Floats
 from gesso_core.annotate.kitti.boxes import observation_angle, wrap_angle
 from gesso_core.annotate.kitti.calibration import Calibration
 from gesso_core.annotate.kitti.labels import KittiObject
 from gesso_core.annotate.masks import Mask
 from gesso_core.annotate.slf.meshes import Mesh, mesh_of
-from gesso_core.annotate.slf.overlaps import Box2D
 from gesso_core.annotate.slf.prior import ShapePrior, extent_of
 from gesso_core.annotate.slf.sdf import Pose, camera_from_object
 from gesso_core.annotate.slf.silhouettes import silhouette
 from gesso_core.errors import InvalidRequest
-
-Floats = NDArray[np.float64]
 
 _NEAREST: Final = 0.1  # metres: what lies nearer to the camera cannot be projected
 _OCCLUDED, _LARGELY = 0.1, 0.5
@@ -153,7 +150,7 @@ def _flags(label: KittiObject, fitted: Fitted, evidence: Evidence) -> tuple[Flag
 
 def picture_boxes(
     mesh: Mesh, calibration: Calibration, shape_HW: tuple[int, ...]
-) -> tuple[Box2D, Box2D]:
+) -> tuple[Box, Box]:
     """Box around the projected shape, and the part of it inside the picture."""
     points = mesh.vertices_V3[mesh.vertices_V3[:, 2] > _NEAREST]
     if not len(points):
@@ -168,16 +165,16 @@ def picture_boxes(
     return _box(low, high), _box(inside_low, inside_high)
 
 
-def _box(low_2: Floats, high_2: Floats) -> Box2D:
+def _box(low_2: Floats, high_2: Floats) -> Box:
     return float(low_2[0]), float(low_2[1]), float(high_2[0]), float(high_2[1])
 
 
-def _area(box: Box2D) -> float:
+def _area(box: Box) -> float:
     return (box[2] - box[0]) * (box[3] - box[1])
 
 
 def covered_share(
-    fitted: Fitted, prior: ShapePrior, calibration: Calibration, box: Box2D, covering_HW: Mask
+    fitted: Fitted, prior: ShapePrior, calibration: Calibration, box: Box, covering_HW: Mask
 ) -> float:
     """Share of the rendered shape that nearer objects' masks cover."""
     rows, columns = _RENDERED

@@ -15,19 +15,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from gesso_core.annotate.geometry import Box, Floats
 from gesso_core.annotate.kitti.calibration import Calibration
 from gesso_core.annotate.masks import Mask
 from gesso_core.annotate.slf.fit import FitOptions, Fits, fit
 from gesso_core.annotate.slf.ground import Ground, find_ground, ground_at
 from gesso_core.annotate.slf.lift import object_points, points_in_mask, start_poses
 from gesso_core.annotate.slf.observations import Observations, observe, stack
-from gesso_core.annotate.slf.overlaps import Box2D, OwnedMask, leave_alone, resolve
+from gesso_core.annotate.slf.overlaps import OwnedMask, leave_alone, resolve
 from gesso_core.annotate.slf.prior import ShapePrior, extent_of
 from gesso_core.annotate.slf.results import HEADING_MARGIN, Evidence, Fitted, FittedCar, describe
 from gesso_core.annotate.slf.sdf import Pose
 from gesso_core.errors import InvalidRequest
 
-Floats = NDArray[np.float64]
 DrivingSide = Literal["right", "left"]
 
 _ALONG_THE_ROAD: Final = 0.5  # sine of the angle to crossing traffic
@@ -39,7 +39,7 @@ class SegmentedObject:
     """One prompt with the mask that came of it; the box in pixels (left, top, right, bottom)."""
 
     mask_HW: Mask
-    box: Box2D
+    box: Box
     predicted_iou: float = 1.0
 
 
@@ -202,18 +202,20 @@ def _ground_below(
 
 
 def _check_object(item: SegmentedObject) -> None:
+    """What comes before the first colon is counted, so no numbers stand there."""
+    if not item.mask_HW.any():
+        raise InvalidRequest("the mask is empty: nothing was found here", field="objects")
     height, width = item.mask_HW.shape
     left, top, right, bottom = item.box
     if not all(map(math.isfinite, item.box)) or right - left < 1 or bottom - top < 1:
         raise InvalidRequest(
-            f"box {item.box}: needs left < right and top < bottom, at least a pixel", field="box"
+            f"box without area: {item.box} needs left < right and top < bottom, at least a pixel",
+            field="box",
         )
     if right <= 0 or bottom <= 0 or left >= width - 1 or top >= height - 1:
         raise InvalidRequest(
-            f"box {item.box} lies outside the picture of {width} x {height} pixels", field="box"
+            f"box beside the picture: {item.box} in {width} x {height} pixels", field="box"
         )
-    if not item.mask_HW.any():
-        raise InvalidRequest("the mask is empty: nothing was found in this box", field="objects")
 
 
 def _fit(

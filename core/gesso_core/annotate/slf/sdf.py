@@ -78,7 +78,7 @@ def sample(grid: Grid, points_BP3: Tensor) -> Tensor:
     base = [
         n.detach().floor().clamp_max(last - 2) for n, last in zip(inside, grid.size, strict=True)
     ]
-    index = ((base[0] * size_y + base[1]) * size_z + base[2]).long()
+    index = _whole((base[0] * size_y + base[1]) * size_z + base[2])
     steps = torch.tensor([(i * size_y + j) * size_z + k for i, j, k in _CORNERS])
     corners = _gather(grid.values, index[..., None] + steps.to(index.device))
     for whole, low in zip(inside, base, strict=True):  # folds one axis: 8 -> 4 -> 2 -> 1 values
@@ -100,13 +100,18 @@ def sample_nearest(grid: Grid, points_xyz: tuple[Tensor, Tensor, Tensor]) -> Ten
         n.round_().clamp_(0, last - 1)
         for n, last in zip(_node_axes(grid, *points_xyz), grid.size, strict=True)
     )
-    return _gather(grid.values, x.mul_(size_y).add_(y).mul_(size_z).add_(z).long())
+    return _gather(grid.values, _whole(x.mul_(size_y).add_(y).mul_(size_z).add_(z)))
 
 
 def _node_axes(grid: Grid, x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     origin_x, origin_y, origin_z = grid.origin_3.tolist()
     z = z.abs() if grid.mirrored else z
     return (x - origin_x) / grid.voxel, (y - origin_y) / grid.voxel, (z - origin_z) / grid.voxel
+
+
+def _whole(index: Tensor) -> Tensor:
+    """An index into the nodes; that of a point that is no number is 0, and `sample` answers NaN."""
+    return index.nan_to_num_(0.0).long()
 
 
 def _gather(values: Tensor, index: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Masks for boxes and points: one look at the picture, all prompts through it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
@@ -37,7 +37,36 @@ def segment(
     """
     if any(prompt.box is None and not prompt.points for prompt in prompts):
         raise InvalidRequest("a car is prompted by a box or by points on it", field="prompt")
-    masks = segmenter.predict(segmenter.embed(picture_HW3), prompts, multimask=True)
+    embedding = segmenter.embed(picture_HW3)
+    boxed = [i for i, prompt in enumerate(prompts) if prompt.box is not None]
+    pointed = [i for i, prompt in enumerate(prompts) if prompt.box is None]
+    # The segmenter itself takes the best of three proposals for a lone box: none need be kept.
+    masks = segmenter.predict(embedding, [prompts[i] for i in boxed])
+    found = {i: _in_box(masks, row, prompts[i]) for row, i in enumerate(boxed)}
+    if pointed:
+        masks = segmenter.predict(embedding, [prompts[i] for i in pointed], multimask=True)
+        is_car = _car_test(calibration, points_velo_N4)
+        found |= {i: _likeliest(masks, row, is_car) for row, i in enumerate(pointed)}
+    return [found[i] for i in range(len(prompts))]
+
+
+def _in_box(masks: Masks, row: int, prompt: Prompt) -> SegmentedObject:
+    assert prompt.box is not None
+    mask = clip_to(masks.masks_PHW[row], prompt.box)
+    return SegmentedObject(mask, prompt.box, float(masks.predicted_iou_P[row]))
+
+
+def _likeliest(masks: Masks, row: int, is_car: Callable[[Mask], bool]) -> SegmentedObject:
+    ranked = _ranked(masks, row)
+    mask, trust = next((pair for pair in ranked if is_car(pair[0])), ranked[0])
+    left, top, right, bottom = map(float, box_of_mask(mask))
+    return SegmentedObject(mask, (left, top, right, bottom), trust)
+
+
+def _car_test(
+    calibration: Calibration, points_velo_N4: NDArray[np.float32] | None
+) -> Callable[[Mask], bool]:
+    """Whether the scan's points in a mask make one cluster of a car's size."""
     rect = np.zeros((0, 3))
     if points_velo_N4 is not None:
         rect = calibration.rect_from_velo(points_velo_N4)
@@ -47,17 +76,7 @@ def segment(
         points = raised_points(rect, mask_HW, calibration, ground)
         return len(points) >= FEW_POINTS and _is_one_car(points)
 
-    found = []
-    for i, prompt in enumerate(prompts):
-        if prompt.box is not None:
-            mask = clip_to(masks.masks_PHW[i], prompt.box)
-            found.append(SegmentedObject(mask, prompt.box, float(masks.predicted_iou_P[i])))
-            continue
-        ranked = _ranked(masks, i)
-        mask, trust = next((pair for pair in ranked if is_car(pair[0])), ranked[0])
-        left, top, right, bottom = map(float, box_of_mask(mask))
-        found.append(SegmentedObject(mask, (left, top, right, bottom), trust))
-    return found
+    return is_car
 
 
 def _ranked(masks: Masks, i: int) -> list[tuple[Mask, float]]:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
+from gesso_core.annotate.geometry import Floats
 from gesso_core.annotate.kitti.boxes import bev_iou, observation_angle, projected_box
 from gesso_core.annotate.kitti.calibration import Calibration
 from gesso_core.annotate.kitti.labels import KittiObject
@@ -24,8 +25,6 @@ from gesso_core.annotate.slf.ground import Ground
 from gesso_core.annotate.slf.procedural_cars import Car, draw_car, in_window, true_size
 from gesso_core.annotate.slf.ray_casting import Block, Solid, cast, solid_of
 from gesso_core.annotate.slf.scene import Scene, SegmentedObject
-
-Floats = NDArray[np.float64]
 
 HEIGHT, WIDTH = 375, 1242
 SEED: Final = 2024  # no seed of the prior
