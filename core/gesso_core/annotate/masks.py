@@ -14,6 +14,7 @@ from typing import TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from gesso_core.annotate.geometry import Box
 from gesso_core.errors import InvalidRequest
 from gesso_core.pipelines.pictures import MAX_PIXELS
 
@@ -92,7 +93,7 @@ def box_of_mask(mask_HW: Mask) -> PixelBox:
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
-def clip_to(mask_HW: Mask, box: tuple[float, float, float, float], *, grow: float = 0.0) -> Mask:
+def clip_to(mask_HW: Mask, box: Box, *, grow: float = 0.0) -> Mask:
     """The mask inside a box (x0, y0, x1, y1) grown by some pixels; pixels cut by it stay whole."""
     x0, y0, x1, y1 = box
     clipped_HW = np.zeros_like(mask_HW)

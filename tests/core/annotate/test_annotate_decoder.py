@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from gesso_core.annotate import fetch
 from gesso_core.annotate.masks import mask_iou
 from gesso_core.annotate.segmenter.contract import Embedding, Prompt
@@ -127,6 +128,42 @@ def test_recovered_weights_answer_as_the_exported_graph_does(
     np.testing.assert_allclose(got.low_res_PLL[0], low_res[0, 0], atol=1e-3)
     np.testing.assert_allclose(got.predicted_iou_P[0], iou[0, 0], atol=1e-4)
     assert mask_iou(got.masks_PHW[0], mask[0, 0] > 0) > 0.999
+
+
+@pytest.mark.parametrize("question", ["a box", "a point"])
+def test_the_best_proposal_is_the_same_when_the_others_are_not_painted(
+    sam_mobile: OnnxSegmenter, embedding: Embedding, question: str
+) -> None:
+    alone = sam_mobile.predict(embedding, [QUESTIONS[question]])
+    chosen = sam_mobile.predict(embedding, [QUESTIONS[question]], multimask=True)
+    assert alone.masks_PHW.any()
+    assert np.array_equal(alone.masks_PHW, chosen.masks_PHW)
+    np.testing.assert_allclose(alone.low_res_PLL, chosen.low_res_PLL, atol=1e-4)
+    assert alone.predicted_iou_P == chosen.predicted_iou_P
+
+
+@pytest.mark.parametrize("size", [(100, 333), (1500, 70), (64, 128)])
+def test_logits_made_in_parts_are_those_of_two_resizings(size: tuple[int, int]) -> None:
+    low_res = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(4))
+    frame = long_edge_frame(size, 1024)
+    framed = F.interpolate(low_res[None], (1024, 1024), mode="bilinear")
+    cut = framed[..., : frame.resized[0], : frame.resized[1]]
+    want = F.interpolate(cut, size, mode="bilinear")[0]
+    torch.testing.assert_close(frame.picture_logits(low_res), want, atol=1e-4, rtol=0)
+
+
+def test_margins_in_which_nothing_can_be_foreground_are_left_out() -> None:
+    low_res = torch.full((256, 256), -5.0)
+    low_res[60:70, 100:103] = 5.0
+    low_res[250, 250] = 5.0  # in the padding, which is cut off
+    frame = long_edge_frame((900, 1200), 1024)
+    made = np.full((900, 1200), -5.0, dtype=np.float32)
+    for rows, columns, logits in frame.bands(low_res, above=-1.0):
+        assert logits.shape[1] < 700
+        made[rows, columns] = logits.numpy()
+    want = frame.picture_logits(low_res[None])[0].numpy()
+    assert (want > 0).sum() > 300
+    np.testing.assert_allclose(made.clip(-1), want.clip(-1), atol=1e-5)
 
 
 def test_every_weight_of_the_real_decoder_is_recovered(sam_mobile_folder: Path) -> None:

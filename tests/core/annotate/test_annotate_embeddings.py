@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from gesso_core.annotate.segmenter.cache import EmbeddingCache
 from gesso_core.annotate.segmenter.contract import Embedding, Prompt, Segmenter, embedding_key
-from gesso_core.annotate.segmenter.crops import crop_window, predict_in_window, segment
+from gesso_core.annotate.segmenter.crops import crop_window, segment
 from gesso_core.annotate.segmenter.load import load_segmenter
 from gesso_core.errors import InvalidRequest, NumericalError
 from hypothesis import given
@@ -141,44 +141,59 @@ def test_a_window_lies_in_the_picture_and_holds_the_box(
         assert bottom - top >= min(64, height)
 
 
+def answered(segmenter: Segmenter, image: np.ndarray, prompts: list[Prompt]) -> np.ndarray:
+    """The masks in the order of the prompts."""
+    found = {
+        place: mask
+        for places, masks in segment(segmenter, image, prompts)
+        for place, mask in zip(places, masks.masks_PHW, strict=True)
+    }
+    return np.array([found[place] for place in range(len(prompts))])
+
+
 def test_masks_of_a_window_lie_where_the_window_lies(segmenter: Counting) -> None:
     image = picture(0, 200, 300)
-    window = (100, 50, 180, 120)
-    box = (120.0, 70.0, 150.0, 100.0)
-    masks = predict_in_window(segmenter, image, window, [Prompt(box=box)], multimask=True)
-    cut = segmenter.inner.embed(np.ascontiguousarray(image[50:120, 100:180]))
-    alone = segmenter.predict(cut, [Prompt(box=(20, 20, 50, 50))], multimask=True)
+    prompt = Prompt(box=(120.0, 70.0, 152.0, 102.0))  # looked at from (104, 54) to (168, 118)
+    ((places, masks),) = segment(segmenter, image, [prompt], multimask=True)
+    cut = segmenter.inner.embed(np.ascontiguousarray(image[54:118, 104:168]))
+    alone = segmenter.predict(cut, [Prompt(box=(16, 16, 48, 48))], multimask=True)
+    assert places == [0]
     assert masks.masks_PHW.shape == (1, 200, 300)
-    assert np.array_equal(masks.masks_PHW[:, 50:120, 100:180], alone.masks_PHW)
+    assert np.array_equal(masks.masks_PHW[:, 54:118, 104:168], alone.masks_PHW)
     assert masks.masks_PHW.sum() == alone.masks_PHW.sum() > 0
     assert masks.candidates is not None
     assert alone.candidates is not None
     assert masks.candidates.masks_PMHW.sum() == alone.candidates.masks_PMHW.sum()
 
 
-def test_small_boxes_get_windows_and_keep_their_order(segmenter: Counting) -> None:
-    image, cache = picture(0, 200, 300), EmbeddingCache()
+def test_small_boxes_get_windows_and_large_ones_the_picture(segmenter: Counting) -> None:
+    image = picture(0, 200, 300)
     small, large = Prompt(box=(120, 70, 150, 100)), Prompt(box=(20, 20, 250, 180))
     point = Prompt(points=((30, 40),), labels=(1,))
     prompts = [small, large, small, point]
-    masks = segment(segmenter, image, prompts, cache=cache)
+    masks = answered(segmenter, image, prompts)
     assert sorted(segmenter.seen) == [(64, 64), (200, 300)]
-    assert len(cache) == 2
-    for row, prompt in enumerate(prompts):
-        alone = segment(segmenter, image, [prompt], cache=cache)
-        assert np.array_equal(alone.masks_PHW[0], masks.masks_PHW[row])
-    assert len(segment(segmenter, image, [], cache=cache)) == 0
-    assert len(segmenter.seen) == 2
+    for mask, prompt in zip(masks, prompts, strict=True):
+        assert np.array_equal(answered(segmenter, image, [prompt])[0], mask)
+    assert list(segment(segmenter, image, [])) == []
+
+
+def test_many_small_boxes_cost_one_look_and_few_masks_at_once(segmenter: Counting) -> None:
+    boxes = [Prompt(box=(x, 70, x + 20, 90)) for x in range(10, 210, 20)]
+    parts = list(segment(segmenter, picture(0, 200, 300), boxes))
+    assert segmenter.seen == [(200, 300)]
+    assert [places for places, _ in parts] == [list(range(8)), [8, 9]]
+    assert all(len(masks) == len(places) for places, masks in parts)
 
 
 def test_a_point_beyond_the_window_is_seen_in_the_whole_picture(segmenter: Counting) -> None:
     far = Prompt(box=(120, 70, 150, 100), points=((20, 20),), labels=(0,))
     near = Prompt(box=(120, 70, 150, 100), points=((110, 60),), labels=(0,))
-    segment(segmenter, picture(0, 200, 300), [far, near])
+    answered(segmenter, picture(0, 200, 300), [far, near])
     assert segmenter.seen == [(200, 300), (64, 64)]
 
 
 def test_a_box_beside_the_picture_is_refused_before_any_work(segmenter: Counting) -> None:
     with pytest.raises(InvalidRequest, match="outside the 120x90 picture"):
-        segment(segmenter, picture(0), [Prompt(box=(130, 0, 140, 10))])
+        answered(segmenter, picture(0), [Prompt(box=(130, 0, 140, 10))])
     assert segmenter.seen == []

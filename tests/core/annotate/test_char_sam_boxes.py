@@ -1,6 +1,7 @@
 """From a word to character boxes: laying flat, ink, cuts, alignment."""
 
 import math
+import time
 
 import numpy as np
 import pytest
@@ -134,6 +135,18 @@ def test_cuts_are_the_cheapest_there_are() -> None:
 
     best = min(price((0, a, b, 14)) for a in range(1, 13) for b in range(a + 1, 14))
     assert price(cut_word(cost, expected.tolist())) == pytest.approx(best)
+
+
+def test_a_long_text_of_uneven_letters_is_cut_in_time() -> None:
+    rng = np.random.default_rng(0)
+    expected = rng.choice([0.1, 1.0], 1000)  # half of them under a column wide
+    begun = time.process_time()
+    borders = cut_word(rng.random(1500), expected.tolist())
+    assert time.process_time() - begun < 2
+    assert (borders[0], borders[-1], len(borders)) == (0, 1500, 1001)
+    widths = np.diff(borders)
+    assert widths.min() >= 1
+    assert widths[expected == 1.0].mean() > widths[expected == 0.1].mean() + 0.3
 
 
 def test_one_character_has_no_cut() -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -13,12 +14,15 @@ from gesso_core.annotate.char_sam.readers import (
     read_words_json,
     words_to_json,
 )
+from gesso_core.annotate.char_sam.window_runs import decode_placed, encode_placed
 from gesso_core.annotate.char_sam.words import (
     CharacterMask,
     PictureResult,
     PlacedMask,
     WordAnnotation,
     WordResult,
+    placed_polygon,
+    polygon_mask,
     summarize,
 )
 from gesso_core.annotate.char_sam.writers import (
@@ -29,12 +33,15 @@ from gesso_core.annotate.char_sam.writers import (
     write_textseg,
     yolo_classes,
     yolo_lines,
+    yolo_yaml,
 )
+from gesso_core.annotate.masks import encode_mask
 from gesso_core.errors import InvalidRequest, UnsafeFile
 from PIL import Image
 from skimage.draw import polygon2mask
 
 SIZE = (40, 60)
+SHEET = (37, 211)
 POLYGON = ((5.0, 5.0), (45.0, 5.0), (45.0, 30.0), (5.0, 30.0))
 
 
@@ -225,6 +232,50 @@ def test_yolo_polygons_come_back_as_masks(result: PictureResult) -> None:
         assert (got == wanted.mask.paint(SIZE)).all()
 
 
+def test_the_classes_of_yolo_are_read_by_yaml_whatever_they_are() -> None:
+    yaml = pytest.importorskip("yaml")
+    classes = ['"', "\\", "e\u0301", "👩\u200d👧", "😀", "a\x7f", "\x85", "no", "1", "#", "\n"]
+    assert yaml.safe_load(yolo_yaml(classes))["names"] == dict(enumerate(classes))
+
+
+@pytest.mark.parametrize(
+    "polygon",
+    [POLYGON, ((-9.5, 3.2), (30.0, -8.0), (70.0, 25.1), (-9.5, 12.0)), ((90.0, 90.0),) * 4],
+)
+def test_a_polygon_is_filled_in_its_window_alone(polygon: tuple[tuple[float, float], ...]) -> None:
+    window, whole = placed_polygon(polygon, SIZE), polygon_mask(polygon, SIZE)
+    assert (window.paint(SIZE) == whole).all()
+    assert encode_placed(window, SIZE) == encode_mask(whole)
+    decoded = decode_placed(str(encode_mask(whole)["counts"]), SIZE)
+    assert (decoded.paint(SIZE) == whole).all()
+
+
+def test_a_large_polygon_is_filled_in_bands_that_need_little_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("gesso_core.annotate.char_sam.words._BAND_PIXELS", 3000)
+    size, leaning = (200, 300), ((0.0, 0.0), (290.0, 11.0), (300.0, 200.0), (7.0, 190.0))
+    tracemalloc.start()
+    filled = polygon_mask(leaning, size)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (filled == polygon2mask(size, np.array(leaning)[:, ::-1] - 0.5)).all()
+    assert most < 15 * filled.size  # at once, it would be ninety
+
+
+def test_what_is_written_of_a_small_mask_does_not_grow_with_the_picture() -> None:
+    huge = (60_000, 60_000)  # painted, 3.6 GB
+    ignored = WordAnnotation(text="#", polygon=POLYGON, ignore=True)
+    words = (WordResult(annotation=ignored, mask=placed_polygon(POLYGON, huge)),)
+    data_set = CocoDataset()
+    tracemalloc.start()
+    data_set.add("a.png", PictureResult(size=huge, words=words))
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert data_set.annotations[0]["area"] == 40 * 25
+    assert most < 30e6
+
+
 def test_the_png_holds_one_value_per_character_and_the_json_says_which(
     result: PictureResult, tmp_path
 ) -> None:
@@ -260,18 +311,30 @@ def test_more_than_255_characters_need_16_bits(result: PictureResult) -> None:
 @pytest.mark.parametrize("share", [0.0, 0.03, 0.5, 1.0])
 def test_brush_strokes_come_back_as_masks(share: float) -> None:
     mask = np.random.default_rng(1).random((37, 211)) < share
-    assert (unpack_brush(pack_brush(mask), (37, 211)) == mask).all()
+    assert (unpack_brush(pack_brush(PlacedMask(0, 0, mask), SHEET), SHEET) == mask).all()
+
+
+def test_a_brush_is_made_from_the_window_of_its_mask_alone() -> None:
+    window = PlacedMask(30, 5, np.random.default_rng(2).random((9, 181)) < 0.5)
+    whole = window.paint(SHEET)
+    packed = pack_brush(window, SHEET)
+    assert packed == pack_brush(PlacedMask(0, 0, whole), SHEET)
+    assert (unpack_brush(packed, SHEET) == whole).all()
 
 
 def test_long_runs_of_a_brush_are_split() -> None:
     mask = np.zeros((300, 400), bool)
     mask[200:] = True
-    assert (unpack_brush(pack_brush(mask), (300, 400)) == mask).all()
+    packed = pack_brush(PlacedMask(0, 0, mask), (300, 400))
+    assert (unpack_brush(packed, (300, 400)) == mask).all()
 
 
 def test_a_brush_of_another_picture_is_refused() -> None:
+    packed = pack_brush(PlacedMask(1, 1, np.ones((2, 2), bool)), (4, 4))
     with pytest.raises(InvalidRequest, match="values"):
-        unpack_brush(pack_brush(np.zeros((4, 4), bool)), (5, 4))
+        unpack_brush(packed, (5, 4))
+    with pytest.raises(InvalidRequest, match="ends before"):
+        unpack_brush(packed[:-4], (4, 4))
 
 
 def test_label_studio_regions_are_masks_or_polygons_in_percent(result: PictureResult) -> None:
@@ -294,3 +357,18 @@ def test_a_label_studio_task_carries_one_prediction(result: PictureResult) -> No
     assert made["data"] == {"image": "s3://bucket/a.png"}
     assert made["predictions"][0]["score"] == 0.7
     json.dumps(made)
+    inside = task("data:image/png;base64,AAAA", result, file_name="a.png")
+    assert inside["data"]["file_name"] == "a.png"
+
+
+def test_label_studio_is_told_why_a_mask_was_refused_and_gets_no_empty_brush() -> None:
+    refused = character("o", 0, PlacedMask(6, 7, ring()), refused="low score: 0.1")
+    nothing = character("i", 1, PlacedMask(0, 0, np.zeros((0, 0), bool)))
+    word = WordResult(
+        annotation=WordAnnotation(text="oi", polygon=POLYGON),
+        characters=(refused, nothing),
+        mask=refused.mask,
+        score=0.1,
+    )
+    _, letter = regions(PictureResult(size=SIZE, words=(word,)), shape="brush")
+    assert letter["meta"] == {"text": ["o"], "flags": [], "refused": "low score: 0.1"}

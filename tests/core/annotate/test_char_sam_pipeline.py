@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gesso_core.annotate.char_sam import shrinking
 from gesso_core.annotate.char_sam.evaluate import as_json, gather, main, report, scene_checks
 from gesso_core.annotate.char_sam.glyphs import SHIPPED, font_set
 from gesso_core.annotate.char_sam.measure import CHARACTER, COLOUR, GLYPH, METHODS, WORD, measure
 from gesso_core.annotate.char_sam.overlay import overlay
 from gesso_core.annotate.char_sam.pipeline import CharSam, CharSamOptions
 from gesso_core.annotate.char_sam.scenes import load_photographs
+from gesso_core.annotate.char_sam.shrinking import shrunk
 from gesso_core.annotate.char_sam.synthetic import make_scene
 from gesso_core.annotate.char_sam.words import WordAnnotation, summarize
 from gesso_core.annotate.masks import mask_iou
@@ -198,6 +200,35 @@ def test_text_written_downwards(annotator: CharSam) -> None:
     assert mask_iou(result.mask(), ink) > 0.9
     # The glyphs were laid on their side with the letters.
     assert min(c.score for c in result.words[0].characters) > 0.5
+
+
+def test_a_word_across_a_huge_picture_is_worked_on_at_four_megapixels_at_most() -> None:
+    picture = np.zeros((4096, 4096, 3), np.uint8)
+    word = WordAnnotation(text="Ab", polygon=((20, 20), (4080, 20), (4080, 4000), (20, 4000)))
+    smaller = shrunk(picture, word, 2)
+    assert smaller is not None
+    assert np.prod(smaller.picture_HW3.shape[:2]) <= 2048 * 2048
+    long = shrunk(picture, word, 400)
+    assert long is not None
+    assert np.prod(long.picture_HW3.shape[:2]) * 400 <= 32 * 2048 * 2048
+    assert shrunk(picture[:1000], word, 2) is None
+
+
+def test_masks_of_a_word_that_was_made_smaller_lie_where_the_letters_are(
+    annotator: CharSam, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture, ink, word = sign("Harbour")
+    (alone,) = annotator.annotate(picture, [word]).words
+    monkeypatch.setattr(shrinking, "LARGEST", 9000)  # of the crop's 21,000 pixels
+    result = annotator.annotate(picture, [word])
+    (found,) = result.words
+    assert mask_iou(result.mask(), ink) > 0.88
+    assert found.annotation == word
+    assert found.flags == alone.flags
+    assert sum(c.mask.area for c in found.characters) == found.mask.area == result.mask().sum()
+    for shrunken, plain in zip(found.characters, alone.characters, strict=True):
+        np.testing.assert_allclose(shrunken.box, plain.box, atol=2.5)
+        np.testing.assert_allclose(shrunken.quad, plain.quad, atol=2.5)
 
 
 def test_ignored_words_give_no_mask_and_an_area_to_leave_out(annotator: CharSam) -> None:

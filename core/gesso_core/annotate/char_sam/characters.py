@@ -18,7 +18,8 @@ from gesso_core.annotate.char_sam.refine_boxes import Segment
 from gesso_core.annotate.char_sam.refine_glyphs import Candidate, choose, glyph_prompt
 from gesso_core.annotate.char_sam.register import Registration, register, unregistered
 from gesso_core.annotate.char_sam.view import WordView, candidates
-from gesso_core.annotate.char_sam.words import Box, Flag
+from gesso_core.annotate.char_sam.words import Flag
+from gesso_core.annotate.geometry import Box
 from gesso_core.annotate.masks import Mask, clip_to, mask_iou
 from gesso_core.annotate.segmenter.contract import Prompt, Segmenter
 

@@ -11,11 +11,10 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from gesso_core.annotate.geometry import Floats
 from gesso_core.errors import InvalidRequest
 
 # T frames   C classes   L labels   S states, 2 L + 1
-
-Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +32,7 @@ class Alignment:
     spans_L2: NDArray[np.int64]
 
 
-def align(log_probs_TC: Array, labels: Sequence[int], *, blank: int = 0) -> Alignment:
+def align(log_probs_TC: Floats, labels: Sequence[int], *, blank: int = 0) -> Alignment:
     """Align the labels; raises InvalidRequest when the frames cannot hold them all."""
     frames = len(log_probs_TC)
     needed = len(labels) + sum(a == b for a, b in pairwise(labels))
@@ -53,7 +52,7 @@ def align(log_probs_TC: Array, labels: Sequence[int], *, blank: int = 0) -> Alig
 
 
 def _viterbi(
-    emitted_TS: Array, classes_S: NDArray[np.int64], blank: int
+    emitted_TS: Floats, classes_S: NDArray[np.int64], blank: int
 ) -> tuple[NDArray[np.int64], float]:
     frames, states = emitted_TS.shape
     may_leap = np.zeros(states, dtype=bool)

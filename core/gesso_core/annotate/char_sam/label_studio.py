@@ -5,6 +5,7 @@ number of values, 5 for their width - 1, four times 4 for the widths of run leng
 run one bit (1: one value repeated), two for the width of its length, the length - 1, the value.
 """
 
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -30,32 +31,30 @@ def task(
     image: str,
     result: PictureResult,
     *,
+    file_name: str | None = None,
     shape: Shape = "brush",
     from_name: str = "label",
     to_name: str = "image",
     model_version: str = "char-sam",
 ) -> dict[str, Any]:
-    """An importable task: the picture's address and one prediction with all regions."""
-    prediction = {
-        "model_version": model_version,
-        "score": min((word.score for word in result.words if word.characters), default=0.0),
-        "result": regions(result, shape=shape, from_name=from_name, to_name=to_name),
-    }
-    return {"data": {"image": image}, "predictions": [prediction]}
+    """An importable task: the picture's address and one prediction with all regions.
+
+    Args:
+        image: what Label Studio shows: a ``data:`` URL, or the address of a file.
+        file_name: kept beside it. The converters of Label Studio call a picture by what looks like
+            a file, which a ``data:`` URL does not.
+    """
+    drawn = regions(result, shape=shape, from_name=from_name, to_name=to_name)
+    prediction = {"model_version": model_version, "score": least_score(drawn), "result": drawn}
+    data = {"image": image} if file_name is None else {"image": image, "file_name": file_name}
+    return {"data": data, "predictions": [prediction]}
 
 
 def regions(
     result: PictureResult, *, shape: Shape, from_name: str = "label", to_name: str = "image"
 ) -> list[dict[str, Any]]:
     """One region per character and per word; polygons give one per part, holes left out."""
-    height, width = result.size
-    common = {
-        "from_name": from_name,
-        "to_name": to_name,
-        "original_width": width,
-        "original_height": height,
-        "image_rotation": 0,
-    }
+    common = common_fields(result.size, from_name, to_name)
     found = []
     for number, word in enumerate(result.words):
         if word.annotation.ignore or not word.mask.area:
@@ -67,48 +66,88 @@ def regions(
     return found
 
 
-def pack_brush(mask_HW: Mask) -> list[int]:
-    """A mask as Label Studio's brush bytes, all four channels 0 or 255."""
-    flat = mask_HW.ravel()
-    edges = np.flatnonzero(np.diff(flat)) + 1
-    starts = np.concatenate([[0], edges])
-    lengths = np.diff(np.concatenate([starts, [flat.size]])) * CHANNELS
-    bits = [f"{flat.size * CHANNELS:032b}", f"{VALUE_BITS - 1:05b}"]
+def least_score(drawn: Iterable[Mapping[str, Any]]) -> float:
+    """The score of a prediction, that of its least sure region: such a task wants a person first.
+    0 without regions.
+    """
+    return min((float(region["score"]) for region in drawn), default=0.0)
+
+
+def common_fields(size: tuple[int, int], from_name: str, to_name: str) -> dict[str, Any]:
+    """What every region of a picture of (H, W) says."""
+    height, width = size
+    return {
+        "from_name": from_name,
+        "to_name": to_name,
+        "original_width": width,
+        "original_height": height,
+        "image_rotation": 0,
+    }
+
+
+def pack_brush(mask: PlacedMask, size: tuple[int, int]) -> list[int]:
+    """A mask in a picture of (H, W) as Label Studio's brush bytes, all four channels 0 or 255.
+
+    Only the window is looked at, so that a small mask costs little in a large picture.
+    """
+    height, width = size
+    edges_he = np.diff(mask.window_hw.astype(np.int8), axis=1, prepend=0, append=0)
+    rows, starts = np.nonzero(edges_he == 1)
+    ends = np.nonzero(edges_he == -1)[1]
+    first = (mask.y + rows) * width + mask.x
+    bits = [f"{height * width * CHANNELS:032b}", f"{VALUE_BITS - 1:05b}"]
     bits += [f"{size - 1:04b}" for size in LENGTH_BITS]
-    for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
-        bits += _runs(length, 255 if flat[start] else 0)
+    done = 0
+    for start, end in zip((first + starts).tolist(), (first + ends).tolist(), strict=True):
+        bits += _runs((start - done) * CHANNELS, 0)
+        bits += _runs((end - start) * CHANNELS, 255)
+        done = end
+    bits += _runs((height * width - done) * CHANNELS, 0)
     text = "".join(bits)
     text += "0" * (-len(text) % 8)
     return list(int(text, 2).to_bytes(len(text) // 8, "big"))
 
 
 def unpack_brush(packed: list[int], size: tuple[int, int]) -> Mask:
-    """The mask in brush bytes: every pixel whose opacity is not zero.
+    """The mask in brush bytes, such as Label Studio exports once a person has corrected a brush:
+    every pixel whose opacity is not zero.
 
-    Raises InvalidRequest for bytes of another size than (H, W).
+    Raises InvalidRequest for bytes of another size than (H, W), and for bytes that end too early.
     """
-    bits = "".join(f"{byte:08b}" for byte in packed)
-    count, place = int(bits[:32], 2), 32
+    bits = _Bits("".join(f"{byte:08b}" for byte in packed))
+    count = bits.number(32)
     if count != size[0] * size[1] * CHANNELS:
         raise InvalidRequest(
             f"the brush holds {count} values, a {size[1]}x{size[0]} picture has "
             f"{size[0] * size[1] * CHANNELS}",
             field="rle",
         )
-    value_bits, place = int(bits[place : place + 5], 2) + 1, place + 5
-    widths = [int(bits[place + 4 * k : place + 4 * k + 4], 2) + 1 for k in range(4)]
-    place += 16
+    value_bits = bits.number(5) + 1
+    widths = [bits.number(4) + 1 for _ in LENGTH_BITS]
     values, filled = np.zeros(count, dtype=np.uint8), 0
     while filled < count:
-        repeated, width = bits[place] == "1", widths[int(bits[place + 1 : place + 3], 2)]
-        place += 3
-        length, place = int(bits[place : place + width], 2) + 1, place + width
+        repeated = bits.number(1)
+        length = bits.number(widths[bits.number(2)]) + 1
         for _ in range(1 if repeated else length):
             run = length if repeated else 1
-            values[filled : filled + run] = int(bits[place : place + value_bits], 2)
-            filled, place = filled + run, place + value_bits
+            values[filled : filled + run] = bits.number(value_bits)
+            filled += run
     mask_HW: Mask = values.reshape(*size, CHANNELS)[..., -1] > 0
     return mask_HW
+
+
+class _Bits:
+    """Reads numbers out of a text of zeros and ones."""
+
+    def __init__(self, text: str) -> None:
+        self.text, self.place = text, 0
+
+    def number(self, width: int) -> int:
+        """The next ``width`` bits."""
+        begin, self.place = self.place, self.place + width
+        if self.place > len(self.text):
+            raise InvalidRequest("the brush ends before the picture is full", field="rle")
+        return int(self.text[begin : self.place], 2)
 
 
 def _runs(length: int, value: int) -> list[str]:
@@ -131,15 +170,16 @@ def _shapes(
     shape: Shape,
 ) -> list[dict[str, Any]]:
     text = labelled.char if isinstance(labelled, CharacterMask) else labelled.annotation.text
-    entry = {
-        **common,
-        "score": round(labelled.score, 4),
-        "meta": {"text": [text], "flags": list(labelled.flags)},
-    }
+    meta: dict[str, Any] = {"text": [text], "flags": list(labelled.flags)}
+    if labelled.refused is not None:
+        meta["refused"] = labelled.refused
+    entry = {**common, "score": round(labelled.score, 4), "meta": meta}
     if shape == "brush":
+        if not labelled.mask.area:
+            return []
         value = {
             "format": "rle",
-            "rle": pack_brush(labelled.mask.paint(size)),
+            "rle": pack_brush(labelled.mask, size),
             "brushlabels": [label],
         }
         return [{**entry, "id": name, "type": "brushlabels", "value": value}]

@@ -6,12 +6,10 @@ enclose nothing.
 """
 
 import numpy as np
-from numpy.typing import NDArray
 from skimage.measure import approximate_polygon, find_contours
 
-from gesso_core.annotate.char_sam.words import PlacedMask, Point, signed_area
-
-Array = NDArray[np.float64]
+from gesso_core.annotate.char_sam.words import PlacedMask, signed_area
+from gesso_core.annotate.geometry import Floats, Point
 
 
 def outlines(mask: PlacedMask, *, tolerance: float = 0.0) -> list[list[Point]]:
@@ -23,7 +21,7 @@ def outlines(mask: PlacedMask, *, tolerance: float = 0.0) -> list[list[Point]]:
     padded = np.pad(mask.window_hw, 1).astype(float)
     loops = []
     for contour in find_contours(padded, 0.5):
-        kept: Array = approximate_polygon(contour, tolerance=tolerance)[:-1]
+        kept: Floats = approximate_polygon(contour, tolerance=tolerance)[:-1]
         if len(kept) >= 3:
             # Index i of the padded window is the centre of pixel i - 1, at i - 0.5.
             loops.append([(mask.x + x - 0.5, mask.y + y - 0.5) for y, x in kept.tolist()])

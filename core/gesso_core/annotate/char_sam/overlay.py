@@ -1,6 +1,7 @@
 """Results to look at: characters in bright colours over a darkened picture."""
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gesso_core.annotate.char_sam.words import PictureResult
 from gesso_core.annotate.palette import colour_of
@@ -12,12 +13,17 @@ REFUSED = (120, 120, 120)
 
 def overlay(picture_HW3: Pixels, result: PictureResult) -> Pixels:
     """The picture with every character's mask; refused ones are gray."""
-    painted = picture_HW3.astype(np.float64) * DARKEN
+    painted = _rounded(np.arange(256) * DARKEN)[picture_HW3]
     number = 0
     for word in result.words:
         for character in word.characters:
             paint = np.array(REFUSED if character.refused else colour_of(number, saturation=0.9))
             number += 1
-            mask_HW = character.mask.paint(result.size)
-            painted[mask_HW] = 0.25 * picture_HW3[mask_HW] + 0.75 * paint
-    return painted.round().clip(0, 255).astype(np.uint8)
+            place, window_hw = character.mask.place, character.mask.window_hw
+            seen_N3 = picture_HW3[place][window_hw]
+            painted[place][window_hw] = _rounded(0.25 * seen_N3 + 0.75 * paint)
+    return painted
+
+
+def _rounded(values: NDArray[np.floating]) -> NDArray[np.uint8]:
+    return values.round().clip(0, 255).astype(np.uint8)

@@ -8,7 +8,7 @@ A word costs one embedding and 1 + 2 n decoder calls for n characters.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +24,7 @@ from gesso_core.annotate.char_sam.rectify import flat_size
 from gesso_core.annotate.char_sam.refine_boxes import Segment, even_boxes, refine_boxes
 from gesso_core.annotate.char_sam.remembering import Counted
 from gesso_core.annotate.char_sam.settle import settle_ink
+from gesso_core.annotate.char_sam.shrinking import shrunk
 from gesso_core.annotate.char_sam.view import WordView, look
 from gesso_core.annotate.char_sam.vote import vote
 from gesso_core.annotate.char_sam.words import (
@@ -33,6 +34,7 @@ from gesso_core.annotate.char_sam.words import (
     WordAnnotation,
     WordResult,
     check_word,
+    is_usable,
 )
 from gesso_core.annotate.segmenter.contract import Segmenter, check_picture
 from gesso_core.errors import InvalidRequest
@@ -119,7 +121,7 @@ class CharSam:
                 field="words",
             )
         size = (picture_HW3.shape[0], picture_HW3.shape[1])
-        return [word for word in self.reader.find(picture_HW3) if _usable(word, size)]
+        return [word for word in self.reader.find(picture_HW3) if is_usable(word, size)]
 
     def _word(
         self,
@@ -133,6 +135,10 @@ class CharSam:
         reason = None if word.ignore else _does_not_fit(word, clusters)
         if word.ignore or reason:
             return WordResult(annotation=word, mask=_nothing(), refused=reason)
+        smaller = shrunk(picture_HW3, word, len(clusters))
+        if smaller is not None:
+            result = self._word(smaller.picture_HW3, smaller.word, options, segmenter)
+            return replace(smaller.grown(result), seconds=time.perf_counter() - begun)
         view = settle_ink(look(picture_HW3, word, segmenter), clusters, self.fonts)
         segments, flags = self._segments(view, clusters, options)
         cuts = cut_characters(
@@ -180,12 +186,3 @@ def _does_not_fit(word: WordAnnotation, clusters: list[str]) -> str | None:
 
 def _nothing() -> PlacedMask:
     return PlacedMask(0, 0, np.zeros((0, 0), dtype=bool))
-
-
-def _usable(word: WordAnnotation, size: tuple[int, int]) -> bool:
-    """Whether what a reader found can be annotated; its boxes may miss the picture."""
-    try:
-        check_word(word, size)
-    except InvalidRequest:
-        return False
-    return True

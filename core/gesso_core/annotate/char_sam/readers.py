@@ -10,7 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
-from gesso_core.annotate.char_sam.words import Polygon, TranscriptionSource, WordAnnotation
+from gesso_core.annotate.char_sam.words import TranscriptionSource, WordAnnotation
+from gesso_core.annotate.geometry import Polygon
 from gesso_core.errors import InvalidRequest
 
 IGNORED = "###"
@@ -119,7 +120,7 @@ def read_words_json(data: Sequence[Mapping[str, Any]]) -> dict[str, list[WordAnn
 
 
 def words_to_json(pictures: Mapping[str, Sequence[WordAnnotation]]) -> list[dict[str, Any]]:
-    """The inverse of `read_words_json`."""
+    """The inverse of `read_words_json`: what a ``words.json`` of one's own holds."""
     return [
         {"image": name, "words": [asdict(word) for word in words]}
         for name, words in pictures.items()

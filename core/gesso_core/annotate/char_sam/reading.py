@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import shapely
 
 from gesso_core.annotate.char_sam.graphemes import graphemes
-from gesso_core.annotate.char_sam.words import Point, Polygon, WordAnnotation, signed_area
+from gesso_core.annotate.char_sam.words import WordAnnotation, signed_area
+from gesso_core.annotate.geometry import Point, Polygon
 
 FLATTEST = 0.12  # share of a quadrilateral that the triangle at each of its corners must have
 TALL = 1.5  # a word of several characters this much taller than wide is written downwards

@@ -10,16 +10,15 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.ndimage import map_coordinates
 from scipy.spatial import cKDTree
 
 from gesso_core.annotate.char_sam.reading import Reading
+from gesso_core.annotate.geometry import Floats
 from gesso_core.annotate.masks import Mask
 
 # H, W the picture or a crop of it   h, w the rectangle   u, v its coordinates
 
-Array = NDArray[np.float64]
 
 MIN_HEIGHT, MAX_HEIGHT = 48, 192  # finer is of no use to cuts and glyphs
 MAX_WIDTH = 4096
@@ -37,21 +36,21 @@ class Rectangle:
         downward: the characters lie on their left side, because the word is written downwards.
     """
 
-    grid_hw2: Array
+    grid_hw2: Floats
     margin: int
     scale: float
     downward: bool = False
-    homography_33: Array | None = None
+    homography_33: Floats | None = None
 
     @property
     def size(self) -> tuple[int, int]:
         """(h, w), margins included."""
         return self.grid_hw2.shape[0], self.grid_hw2.shape[1]
 
-    def sample(self, values_HW: Mask | Array) -> Array:
+    def sample(self, values_HW: Mask | Floats) -> Floats:
         """Values of the picture, laid out flat, (h, w); 0 outside the picture."""
         x, y = np.moveaxis(self.grid_hw2, -1, 0)
-        laid: Array = map_coordinates(
+        laid: Floats = map_coordinates(
             np.asarray(values_HW, dtype=np.float64), [y - 0.5, x - 0.5], order=1, cval=0.0
         )
         return laid
@@ -60,7 +59,7 @@ class Rectangle:
         """A mask of the picture, laid out flat."""
         return self.sample(mask_HW) >= 0.5
 
-    def to_picture(self, u: Array, v: Array) -> Array:
+    def to_picture(self, u: Floats, v: Floats) -> Floats:
         """Picture coordinates (n, 2) of points of the rectangle."""
         rows, columns = np.asarray(v) - 0.5, np.asarray(u) - 0.5
         if self.homography_33 is not None:
@@ -73,7 +72,7 @@ class Rectangle:
             axis=-1,
         )
 
-    def from_picture(self, x: Array, y: Array) -> Array:
+    def from_picture(self, x: Floats, y: Floats) -> Floats:
         """Coordinates (n, 2) in the rectangle of points of the picture.
 
         Exact for quadrilaterals; of a bent word the nearest pixel's centre, or infinity far off.
@@ -143,7 +142,7 @@ def flat_size(reading: Reading) -> tuple[tuple[int, int], float]:
     return (max(round(depth * scale), 4), max(round(length * scale), 4)), scale
 
 
-def homography(source_42: Array, target_42: Array) -> Array:
+def homography(source_42: Floats, target_42: Floats) -> Floats:
     """The perspective map that takes four points to four others."""
     rows = []
     for (u, v), (x, y) in zip(source_42, target_42, strict=True):
@@ -153,17 +152,17 @@ def homography(source_42: Array, target_42: Array) -> Array:
     return np.append(solved, 1.0).reshape(3, 3)
 
 
-def _project(matrix_33: Array, x: Array, y: Array) -> Array:
+def _project(matrix_33: Floats, x: Floats, y: Floats) -> Floats:
     mapped = np.stack([x, y, np.ones_like(np.asarray(x, float))], -1) @ matrix_33.T
     return mapped[..., :2] / mapped[..., 2:]
 
 
-def _arc(points: Array) -> Array:
+def _arc(points: Floats) -> Floats:
     """Length along a line of points, at each of them."""
     return np.concatenate([[0.0], np.cumsum(np.hypot(*np.diff(points, axis=0).T))])
 
 
-def _along(points: Array, share: Array) -> Array:
+def _along(points: Floats, share: Floats) -> Floats:
     """Points at shares of a line's length; beyond its ends it goes straight on."""
     arc = _arc(points)
     position = share * arc[-1]
@@ -171,5 +170,5 @@ def _along(points: Array, share: Array) -> Array:
     first = (points[1] - points[0]) / max(arc[1], 1e-9)
     last = (points[-1] - points[-2]) / max(arc[-1] - arc[-2], 1e-9)
     before, after = np.minimum(position, 0.0), np.maximum(position - arc[-1], 0.0)
-    points_N2: Array = inside + before[:, None] * first + after[:, None] * last
+    points_N2: Floats = inside + before[:, None] * first + after[:, None] * last
     return points_N2

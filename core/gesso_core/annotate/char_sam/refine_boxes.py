@@ -16,7 +16,8 @@ from gesso_core.annotate.char_sam.cuts import cut_word
 from gesso_core.annotate.char_sam.glyphs import FontSet
 from gesso_core.annotate.char_sam.graphemes import visual_order
 from gesso_core.annotate.char_sam.rectify import Rectangle
-from gesso_core.annotate.char_sam.words import Box, Flag, Polygon, hull_of
+from gesso_core.annotate.char_sam.words import Flag, hull_of
+from gesso_core.annotate.geometry import Box, Polygon
 from gesso_core.annotate.masks import Mask, box_of_mask
 
 # h, w the flat word   n characters, left to right

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gesso_core.annotate.char_sam.glyphs import Template
-from gesso_core.annotate.char_sam.words import Box
+from gesso_core.annotate.geometry import Box
 from gesso_core.annotate.masks import Mask
 
 # h, w the flat word

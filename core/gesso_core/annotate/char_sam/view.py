@@ -19,7 +19,8 @@ from gesso_core.annotate.char_sam.ink import (
 from gesso_core.annotate.char_sam.reading import Reading, reading_of
 from gesso_core.annotate.char_sam.rectify import Rectangle, rectify
 from gesso_core.annotate.char_sam.refine_glyphs import Candidate
-from gesso_core.annotate.char_sam.words import Box, Point, WordAnnotation, polygon_mask
+from gesso_core.annotate.char_sam.words import WordAnnotation, polygon_mask
+from gesso_core.annotate.geometry import Box, Point
 from gesso_core.annotate.masks import Mask
 from gesso_core.annotate.segmenter.contract import Embedding, Masks, Prompt, Segmenter
 from gesso_core.annotate.segmenter.crops import window_around

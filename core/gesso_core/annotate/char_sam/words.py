@@ -16,14 +16,12 @@ from numpy.typing import NDArray
 from skimage.draw import polygon2mask
 
 from gesso_core.annotate.char_sam.graphemes import visible
+from gesso_core.annotate.geometry import Box, Point, Polygon
 from gesso_core.annotate.masks import Mask
 from gesso_core.errors import InvalidRequest
 
 # H, W picture   h, w window of it
 
-Point = tuple[float, float]
-Polygon = tuple[Point, ...]
-Box = tuple[float, float, float, float]
 TranscriptionSource = Literal["given", "ocr"]
 Flag = Literal[
     "length_mismatch",  # the recogniser reads another number of characters
@@ -38,6 +36,7 @@ Flag = Literal[
     "start_moved",  # the polygon began at another corner than reading does
 ]
 FLAGS: tuple[str, ...] = get_args(Flag)
+_BAND_PIXELS = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +78,12 @@ class PlacedMask:
         """Foreground pixels."""
         return int(np.count_nonzero(self.window_hw))
 
+    @property
+    def place(self) -> tuple[slice, slice]:
+        """The rows and columns of the picture that the window covers."""
+        height, width = self.window_hw.shape
+        return slice(self.y, self.y + height), slice(self.x, self.x + width)
+
     def paint(self, size: tuple[int, int]) -> Mask:
         """The mask at the size (H, W) of the picture."""
         mask_HW = np.zeros(size, dtype=bool)
@@ -87,8 +92,7 @@ class PlacedMask:
 
     def add_to(self, mask_HW: Mask) -> None:
         """Switch this mask's pixels on in a mask of the picture."""
-        height, width = self.window_hw.shape
-        mask_HW[self.y : self.y + height, self.x : self.x + width] |= self.window_hw
+        mask_HW[self.place] |= self.window_hw
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -146,7 +150,7 @@ class PictureResult:
         mask_HW = np.zeros(self.size, dtype=bool)
         for word in self.words:
             if word.annotation.ignore:
-                mask_HW |= polygon_mask(word.annotation.polygon, self.size)
+                placed_polygon(word.annotation.polygon, self.size).add_to(mask_HW)
         return mask_HW
 
 
@@ -210,6 +214,15 @@ def check_word(word: WordAnnotation, size: tuple[int, int], *, name: str = "word
         )
 
 
+def is_usable(word: WordAnnotation, size: tuple[int, int]) -> bool:
+    """Whether `check_word` lets it pass: what a reader found may miss the picture."""
+    try:
+        check_word(word, size)
+    except InvalidRequest:
+        return False
+    return True
+
+
 def signed_area(polygon: Sequence[Point]) -> float:
     """Area of a simple polygon, positive when it goes clockwise as seen (y down)."""
     x, y = np.asarray(polygon, dtype=float).T
@@ -223,8 +236,24 @@ def hull_of(points: Sequence[Point] | NDArray[np.float64]) -> Box:
     return float(x0), float(y0), float(x1), float(y1)
 
 
+def placed_polygon(polygon: Sequence[Point], size: tuple[int, int]) -> PlacedMask:
+    """`polygon_mask` as a window of a picture of (H, W), which is all that is looked at."""
+    x0, y0, x1, y1 = hull_of(polygon)
+    height, width = size
+    left, right = (min(max(x, 0), width) for x in (math.floor(x0), math.ceil(x1)))
+    top, bottom = (min(max(y, 0), height) for y in (math.floor(y0), math.ceil(y1)))
+    moved = [(x - left, y - top) for x, y in polygon]
+    return PlacedMask(left, top, polygon_mask(moved, (bottom - top, right - left)))
+
+
 def polygon_mask(polygon: Sequence[Point], size: tuple[int, int]) -> Mask:
     """The pixels whose centres lie inside the polygon, (H, W)."""
     centres = np.asarray(polygon, dtype=float)[:, ::-1] - 0.5
-    mask_HW: Mask = polygon2mask(size, centres)
+    height, width = size
+    mask_HW: Mask = np.zeros(size, dtype=bool)
+    # In bands: scikit-image lists the coordinates of every pixel inside, 100 bytes each.
+    band = max(_BAND_PIXELS // max(width, 1), 1)
+    for top in range(0, height, band):
+        rows = min(band, height - top)
+        mask_HW[top : top + rows] = polygon2mask((rows, width), centres - (top, 0))
     return mask_HW

@@ -12,14 +12,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from gesso_core.annotate.char_sam.outlines import single_outline
+from gesso_core.annotate.char_sam.window_runs import encode_placed
 from gesso_core.annotate.char_sam.words import (
     CharacterMask,
     PictureResult,
     PlacedMask,
     WordResult,
-    polygon_mask,
+    placed_polygon,
 )
-from gesso_core.annotate.masks import box_of_mask, encode_mask
+from gesso_core.annotate.masks import box_of_mask
 from gesso_core.pipelines.pictures import Pixels, encode_picture
 from gesso_core.safe_files import inside
 
@@ -96,7 +97,7 @@ class CocoDataset:
                 "id": len(self.annotations) + 1,
                 "image_id": image_id,
                 "category_id": category,
-                "segmentation": encode_mask(mask.paint(size)),
+                "segmentation": encode_placed(mask, size),
                 "area": mask.area,
                 "bbox": [mask.x + x0, mask.y + y0, x1 - x0, y1 - y0],
                 "iscrowd": int(ignored),
@@ -108,7 +109,7 @@ class CocoDataset:
 
 def ignored_area(word: WordResult, size: tuple[int, int]) -> PlacedMask:
     """The polygon of an ignored word as a mask; COCO leaves crowd regions out of its metrics."""
-    return PlacedMask(0, 0, polygon_mask(word.annotation.polygon, size))
+    return placed_polygon(word.annotation.polygon, size)
 
 
 def yolo_lines(
@@ -136,18 +137,28 @@ def yolo_classes(results: Sequence[PictureResult]) -> list[str]:
     return sorted({c.char for result in results for word in result.words for c in word.characters})
 
 
+def yolo_yaml(classes: Sequence[str]) -> str:
+    """The ``data.yaml`` of a YOLO data set whose pictures lie in ``images`` beside it."""
+    names = "".join(f"  {number}: {_yaml_text(name)}\n" for number, name in enumerate(classes))
+    return f"path: .\ntrain: images\nval: images\nnames:\n{names}"
+
+
 def indexed_mask(result: PictureResult) -> NDArray[np.uint16]:
     """Value k is the k-th character of the picture, counted from 1 through all words, (H, W)."""
     values_HW = np.zeros(result.size, dtype=np.uint16)
     characters = [c for word in result.words for c in word.characters]
     for value, character in enumerate(characters, start=1):
-        values_HW[character.mask.paint(result.size)] = value
+        values_HW[character.mask.place][character.mask.window_hw] = value
     return values_HW
 
 
 def indexed_png(result: PictureResult) -> bytes:
-    """`indexed_mask` as a PNG: 8 bit gray, 16 bit from 256 characters on."""
-    values_HW = indexed_mask(result)
+    """`indexed_mask` as a PNG."""
+    return values_png(indexed_mask(result))
+
+
+def values_png(values_HW: NDArray[np.uint16]) -> bytes:
+    """An index mask as a PNG: 8 bit gray, 16 bit from 256 values on."""
     small = int(values_HW.max()) < 256
     file = BytesIO()
     Image.fromarray(values_HW.astype(np.uint8) if small else values_HW).save(file, "PNG")
@@ -185,17 +196,30 @@ def textseg_json(result: PictureResult) -> list[dict[str, Any]]:
     return entries
 
 
-def write_textseg(folder: Path, name: str, picture_HW3: Pixels, result: PictureResult) -> None:
-    """One picture of a TextSeg-like folder: image/, annotation/ (JSON) and mask/ (PNG).
-
-    Raises UnsafeFile for a name that leads out of the folder.
-    """
+def textseg_files(name: str, picture_HW3: Pixels, result: PictureResult) -> dict[str, bytes]:
+    """One picture of a TextSeg-like folder: image/, annotation/ (JSON) and mask/ (PNG)."""
     entries = json.dumps(textseg_json(result), ensure_ascii=False, indent=1)
-    for part, suffix, content in (
-        ("image", "png", encode_picture(picture_HW3)),
-        ("mask", "png", indexed_png(result)),
-        ("annotation", "json", entries.encode()),
-    ):
-        path = inside(folder / part, f"{name}.{suffix}")
+    return {
+        f"annotation/{name}.json": entries.encode(),
+        f"image/{name}.png": encode_picture(picture_HW3),
+        f"mask/{name}.png": indexed_png(result),
+    }
+
+
+def write_textseg(folder: Path, name: str, picture_HW3: Pixels, result: PictureResult) -> None:
+    """`textseg_files` in a folder; raises UnsafeFile for a name that leads out of it."""
+    inside(folder, name)
+    for place, content in textseg_files(name, picture_HW3, result).items():
+        path = inside(folder, place)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
+
+
+def _yaml_text(text: str) -> str:
+    """A quoted text of YAML. Its escapes are not those of JSON, which halves an emoji."""
+    return '"' + "".join(map(_yaml_character, text)) + '"'
+
+
+def _yaml_character(character: str) -> str:
+    plain = character.isprintable() and character not in '"\\'
+    return character if plain else f"\\U{ord(character):08x}"

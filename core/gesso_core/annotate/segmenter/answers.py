@@ -21,7 +21,7 @@ from gesso_core.errors import InvalidRequest, NumericalError
 # P prompts   M masks of each   H, W picture   L side of the low-resolution logits
 
 # A network's part: a group, and whether three proposals are wanted or one mask, in;
-# logits (P, M, L, L) and predicted IoU (P, M) out.
+# logits (P, M, L, L) and predicted IoU (P, M) out. Of three it may leave out all but the best.
 Decode = Callable[[PromptGroup, bool], tuple[Tensor, Tensor]]
 
 PROPOSALS: Final = 3
@@ -59,23 +59,35 @@ def answer(
         for part in group.parts(at_once):
             logits_pMLL, guess_pM = decode(part, several)
             if several and not multimask:
-                logits_pMLL, guess_pM = _best(logits_pMLL, guess_pM)
+                logits_pMLL, guess_pM = best(logits_pMLL, guess_pM)
             if not (torch.isfinite(logits_pMLL).all() and torch.isfinite(guess_pM).all()):
                 raise NumericalError("the segmenter produced numbers that are not finite")
             places = part.places
             low_res_PMLL[places], iou_PM[places] = logits_pMLL.numpy(), guess_pM.numpy()
             for place, logits_MLL in zip(places, logits_pMLL, strict=True):
-                logits_MHW = frame.picture_logits(logits_MLL)
-                masks_PMHW[place] = (logits_MHW > 0).numpy()
-                stability_PM[place] = stability(logits_MHW).numpy()
+                for mask, logits_LL in enumerate(logits_MLL):
+                    stability_PM[place, mask] = _stretch(frame, logits_LL, masks_PMHW[place, mask])
     return _masks(masks_PMHW, low_res_PMLL, iou_PM, stability_PM)
 
 
-def stability(logits_MHW: Tensor) -> Tensor:
-    """IoU of each mask cut at +1 with the mask cut at -1; 0 where there is no mask at all."""
-    inner_M = (logits_MHW > STABILITY_MARGIN).sum((-2, -1))
-    outer_M = (logits_MHW > -STABILITY_MARGIN).sum((-2, -1))
-    return inner_M / outer_M.clamp(min=1)
+def _stretch(frame: Frame, logits_LL: Tensor, mask_HW: np.ndarray) -> float:
+    """Fill the mask at the picture's size, and return its stability: IoU of the mask cut at +1
+    with the mask cut at -1, 0 where there is no mask at all.
+    """
+    inner = outer = 0
+    # Band by band: the logits of a large picture would not fit a core's cache.
+    for rows, columns, band in frame.bands(logits_LL, above=-STABILITY_MARGIN):
+        logits_hw = band.numpy()
+        np.greater(logits_hw, 0, out=mask_HW[rows, columns])
+        inner += int(np.count_nonzero(logits_hw > STABILITY_MARGIN))
+        outer += int(np.count_nonzero(logits_hw > -STABILITY_MARGIN))
+    return inner / max(outer, 1)
+
+
+def best(proposed_PM: Tensor, iou_PM: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each prompt's proposals the one of highest predicted IoU: (P, 1, …) and (P, 1)."""
+    rows, best_P = torch.arange(len(iou_PM)), iou_PM.argmax(dim=1)
+    return proposed_PM[rows, best_P, None], iou_PM[rows, best_P, None]
 
 
 def require_own(embedding: Embedding, name: str, sha256: str) -> None:
@@ -86,11 +98,6 @@ def require_own(embedding: Embedding, name: str, sha256: str) -> None:
             f"segmenter is {name} ({sha256[:12]}); embed the picture again",
             field="embedding",
         )
-
-
-def _best(logits_PMLL: Tensor, iou_PM: Tensor) -> tuple[Tensor, Tensor]:
-    rows, best_P = torch.arange(len(iou_PM)), iou_PM.argmax(dim=1)
-    return logits_PMLL[rows, best_P, None], iou_PM[rows, best_P, None]
 
 
 def _masks(

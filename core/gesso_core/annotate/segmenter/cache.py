@@ -35,12 +35,15 @@ class EmbeddingCache:
         with self._lock:
             return self._touch(key)
 
-    def embed(self, segmenter: Segmenter, picture_HW3: Pixels) -> Embedding:
+    def embed(
+        self, segmenter: Segmenter, picture_HW3: Pixels, *, key: str | None = None
+    ) -> Embedding:
         """The picture's embedding; who asks while another thread computes it waits for that.
 
-        An embedding larger than the whole cache is answered and not kept.
+        An embedding larger than the whole cache is answered and not kept. ``key`` is for who has it
+        already: it takes a while to make for a large picture.
         """
-        key = embedding_key(picture_HW3, segmenter.sha256)
+        key = key or embedding_key(picture_HW3, segmenter.sha256)
         with self._lock:
             kept = self._touch(key)
             if kept is not None:

@@ -16,16 +16,14 @@ from typing import Any, Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from gesso_core.annotate.geometry import Box, Floats32, Point
+from gesso_core.annotate.masks import Mask
 from gesso_core.errors import InvalidRequest
 from gesso_core.pipelines.pictures import Pixels
 
 # P prompts   M candidate masks of one prompt   H, W the picture's size
 # C channels   G side of the feature grid   L side of the low-resolution logits (256 for SAM)
 
-Box = tuple[float, float, float, float]
-Point = tuple[float, float]
-Floats = NDArray[np.float32]
-Flags = NDArray[np.bool_]
 
 OBJECT: Final = 1
 BACKGROUND: Final = 0
@@ -45,11 +43,11 @@ class Embedding:
     """
 
     key: str
-    features_1CGG: Floats
+    features_1CGG: Floats32
     size: tuple[int, int]
     model: str
     model_sha256: str
-    finer: tuple[Floats, ...] = ()
+    finer: tuple[Floats32, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -73,7 +71,7 @@ class Prompt:
     box: Box | None = None
     points: tuple[Point, ...] = ()
     labels: tuple[int, ...] = ()
-    mask_LL: Floats | None = None
+    mask_LL: Floats32 | None = None
 
     def __post_init__(self) -> None:
         if self.box is None and not self.points and self.mask_LL is None:
@@ -100,10 +98,10 @@ class Prompt:
 class Candidates:
     """Every mask the decoder proposed per prompt, of which `Masks` holds number ``best_P``."""
 
-    masks_PMHW: Flags
-    low_res_PMLL: Floats
-    predicted_iou_PM: Floats
-    stability_PM: Floats
+    masks_PMHW: Mask
+    low_res_PMLL: Floats32
+    predicted_iou_PM: Floats32
+    stability_PM: Floats32
     best_P: NDArray[np.int64]
 
 
@@ -119,10 +117,10 @@ class Masks:
         candidates: all proposals, when several were asked for.
     """
 
-    masks_PHW: Flags
-    low_res_PLL: Floats
-    predicted_iou_P: Floats
-    stability_P: Floats
+    masks_PHW: Mask
+    low_res_PLL: Floats32
+    predicted_iou_P: Floats32
+    stability_P: Floats32
     candidates: Candidates | None = None
 
     def __len__(self) -> int:
@@ -241,7 +239,7 @@ def _check_box(box: Box) -> None:
         )
 
 
-def _check_mask(mask_LL: Floats) -> None:
+def _check_mask(mask_LL: Floats32) -> None:
     shape = mask_LL.shape
     if len(shape) != 2 or shape[0] != shape[1] or not np.isfinite(mask_LL).all():
         raise InvalidRequest(

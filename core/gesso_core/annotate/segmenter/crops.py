@@ -3,31 +3,33 @@
 SAM's logits have 256 numbers along the longest side of what it sees, so a letter of a street scene
 is a few of them. A box whose shorter side is under a sixth of the picture's longest side gets a
 window: the box and half its shorter side around it, at least 64 px.
+
+A window costs as much as a picture. Where more than four are wanted at once, all prompts look at
+the whole picture, so that many boxes never cost much more than one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Final
 
 import numpy as np
 
+from gesso_core.annotate.geometry import Box
 from gesso_core.annotate.masks import PixelBox
-from gesso_core.annotate.segmenter.cache import EmbeddingCache
 from gesso_core.annotate.segmenter.contract import (
-    Box,
     Masks,
     Prompt,
     Segmenter,
     check_picture,
     check_prompts,
-    joined,
 )
 from gesso_core.pipelines.pictures import Pixels
 
 SMALL: Final = 1 / 6
 MARGIN: Final = 0.5
 LEAST_WINDOW: Final = 64
+MOST_WINDOWS: Final = 4
+AT_ONCE: Final = 8  # prompts whose masks are in memory together
 
 
 def crop_window(box: Box, size: tuple[int, int]) -> PixelBox | None:
@@ -51,60 +53,40 @@ def segment(
     picture_HW3: Pixels,
     prompts: Sequence[Prompt],
     *,
-    cache: EmbeddingCache | None = None,
     multimask: bool = False,
-) -> Masks:
-    """One mask per prompt at the picture's size, small boxes through windows.
+) -> Iterator[tuple[list[int], Masks]]:
+    """Masks at the picture's size, small boxes through windows, a few prompts at a time.
 
-    Prompts without a box, with a former mask, or with a point beyond their window look at the whole
-    picture. Prompts whose windows are equal share an embedding; where each looked decides what its
-    ``low_res_PLL`` covers.
+    Yields the numbers of some prompts and their masks; together all prompts, so that the masks of a
+    large picture need not be in memory at once. Nothing outside a window is foreground, and where a
+    prompt looked decides what its ``low_res_PLL`` covers.
     """
     check_picture(picture_HW3)
     size = picture_HW3.shape[:2]
     check_prompts(prompts, size)
-    windows: dict[PixelBox | None, list[int]] = {}
-    for place, prompt in enumerate(prompts):
-        windows.setdefault(_window_of(prompt, size), []).append(place)
-    answers = [
-        predict_in_window(
-            segmenter,
-            picture_HW3,
-            window,
-            [prompts[place] for place in places],
-            cache=cache,
-            multimask=multimask,
-        )
-        for window, places in (windows or {None: []}).items()
-    ]
-    asked = [place for places in windows.values() for place in places]
-    return joined(answers).rows(np.argsort(np.array(asked, dtype=np.int64)).tolist())
+    for window, places in by_window(prompts, size).items():
+        x0, y0, x1, y1 = window
+        embedding = segmenter.embed(np.ascontiguousarray(picture_HW3[y0:y1, x0:x1]))
+        for start in range(0, len(places), AT_ONCE):
+            group = places[start : start + AT_ONCE]
+            moved = [_moved(prompts[place], -x0, -y0) for place in group]
+            masks = segmenter.predict(embedding, moved, multimask=multimask)
+            yield group, _put_back(masks, window, size)
 
 
-def predict_in_window(
-    segmenter: Segmenter,
-    picture_HW3: Pixels,
-    window: PixelBox | None,
-    prompts: Sequence[Prompt],
-    *,
-    cache: EmbeddingCache | None = None,
-    multimask: bool = False,
-) -> Masks:
-    """Masks of prompts given in the picture, seen through one window of it.
+def by_window(prompts: Sequence[Prompt], size: tuple[int, int]) -> dict[PixelBox, list[int]]:
+    """Where to look, windows or the whole picture, and the numbers of the prompts for each.
 
-    Nothing outside the window is foreground. Points outside it are refused; a former mask must be
-    of the same window.
+    Prompts without a box, with a former mask, or with a point beyond their window look at the whole
+    picture, and so do all where more than `MOST_WINDOWS` are wanted.
     """
-    if window is None:
-        window = (0, 0, picture_HW3.shape[1], picture_HW3.shape[0])
-    x0, y0, x1, y1 = window
-    seen_HW3 = np.ascontiguousarray(picture_HW3[y0:y1, x0:x1])
-    # An empty cache has the length 0, which counts as false.
-    embed = segmenter.embed if cache is None else partial(cache.embed, segmenter)
-    embedding = embed(seen_HW3)
-    moved = [_moved(prompt, -x0, -y0) for prompt in prompts]
-    masks = segmenter.predict(embedding, moved, multimask=multimask)
-    return _put_back(masks, window, picture_HW3.shape[:2])
+    whole = (0, 0, size[1], size[0])
+    windows: dict[PixelBox, list[int]] = {}
+    for place, prompt in enumerate(prompts):
+        windows.setdefault(_window_of(prompt, size) or whole, []).append(place)
+    if len(windows.keys() - {whole}) > MOST_WINDOWS:
+        return {whole: list(range(len(prompts)))}
+    return windows
 
 
 def _window_of(prompt: Prompt, size: tuple[int, int]) -> PixelBox | None:

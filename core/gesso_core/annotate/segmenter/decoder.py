@@ -9,7 +9,8 @@ linear, so there they move to the tokens' side, where they are nearly free:
 
 The biases follow: one that adds the same to all positions vanishes in the softmax, and one behind
 weights that sum to 1 is added once. The upscaling convolutions do not overlap, so they are linear
-layers, and channels stay the last axis until one number per pixel is left.
+layers, and channels stay the last axis until one number per pixel is left. Which of the proposals
+is the best is known before it is painted, so only that one need be.
 """
 
 import math
@@ -28,6 +29,7 @@ from gesso_core.annotate.segmenter.prompt_encoder import PromptEncoder
 CHANNELS = 256
 HEADS = 8
 MASKS = 4  # the single answer, and three proposals
+STRIPES = 16  # the least batch of 1x1 convolutions that torch gives to oneDNN
 
 
 class Seen(NamedTuple):
@@ -108,9 +110,9 @@ class Block(nn.Module):
         placed_PNC = picture_PNC + grid_NC
         return Seen(
             picture_PNC,
-            _heads(self.of_picture.k(placed_PNC)),
-            _heads(self.of_picture.v(picture_PNC)),
-            _heads(self.into_picture.q(placed_PNC)),
+            _heads(_everywhere(self.of_picture.k, placed_PNC)),
+            _heads(_everywhere(self.of_picture.v, picture_PNC)),
+            _heads(_everywhere(self.into_picture.q, placed_PNC)),
         )
 
     def first(self, prompt: Tensor, seen: Seen) -> tuple[Tensor, Tensor]:
@@ -214,6 +216,15 @@ class PromptDecoder(nn.Module):
         self, seen: Seen, places_PT2: Tensor, labels_PT: Tensor, *, several: bool
     ) -> tuple[Tensor, Tensor]:
         """Logits (P, M, L, L) and predicted IoU (P, M): M is 3 proposals if several, else 1."""
+        picture_PNC, brushes_PMc, iou_PM = self.think(seen, places_PT2, labels_PT, several=several)
+        return self.paint(picture_PNC, brushes_PMc), iou_PM
+
+    def think(
+        self, seen: Seen, places_PT2: Tensor, labels_PT: Tensor, *, several: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The picture (P, N, C) as each prompt sees it, a brush (P, M, C/8) per mask to `paint` it
+        with, and predicted IoU (P, M).
+        """
         said_PTC = self.prompts.tokens(places_PT2, labels_PT)
         own_TC = torch.cat([self.iou_token, self.mask_tokens])
         prompt = torch.cat([own_TC.expand(len(said_PTC), -1, -1), said_PTC], dim=1)
@@ -229,10 +240,10 @@ class PromptDecoder(nn.Module):
             [self.mask_heads[mask](tokens[:, 1 + row]) for row, mask in enumerate(chosen)], dim=1
         )
         iou_PM = self.iou_head(tokens[:, 0])[:, chosen.start : chosen.stop]
-        return self._paint(picture, brushes_PMc), iou_PM
+        return picture, brushes_PMc, iou_PM
 
-    def _paint(self, picture_PNC: Tensor, brushes_PMc: Tensor) -> Tensor:
-        """Upscale the picture four times and read it with one vector per mask."""
+    def paint(self, picture_PNC: Tensor, brushes_PMc: Tensor) -> Tensor:
+        """Logits (P, M, L, L): the picture upscaled four times, read with one vector per mask."""
         side, count = self.prompts.grid, brushes_PMc.shape[1]
         x = F.gelu(self.up_norm(_grow(self.up1, picture_PNC)))
         x = F.gelu(_grow(self.up2, x))
@@ -247,8 +258,27 @@ def _grow(layer: nn.ConvTranspose2d, x: Tensor) -> Tensor:
     """A 2x2 convolution of stride 2, backwards: (…, C) → (…, 2·2, O)."""
     weight_RC = layer.weight.permute(2, 3, 1, 0).flatten(0, 2)  # rows, columns, outputs
     assert layer.bias is not None
-    grown = F.linear(x, weight_RC, layer.bias.repeat(4))
+    grown = _linear_everywhere(x, weight_RC, layer.bias.repeat(4))
     return grown.view(*x.shape[:-1], 4, layer.out_channels)
+
+
+def _everywhere(layer: nn.Linear, x: Tensor) -> Tensor:
+    return _linear_everywhere(x, layer.weight, layer.bias)
+
+
+def _linear_everywhere(x: Tensor, weight_OC: Tensor, bias_O: Tensor) -> Tensor:
+    """A linear layer at thousands of places, (…, C) → (…, O).
+
+    torch hands linear layers to MKL, which leaves half of the vector units of AMD's processors
+    idle, and 1x1 convolutions of 16 pictures and more to oneDNN, which does not. Places cut into 16
+    stripes are such pictures, channels last, and nothing is copied.
+    """
+    places, channels = x.numel() // x.shape[-1], x.shape[-1]
+    if x.device.type != "cpu" or places % STRIPES or not x.is_contiguous():
+        return F.linear(x, weight_OC, bias_O)
+    stripes_SC1n = x.view(STRIPES, 1, places // STRIPES, channels).permute(0, 3, 1, 2)
+    made_SO1n = F.conv2d(stripes_SC1n, weight_OC[:, :, None, None], bias_O)
+    return made_SO1n.permute(0, 2, 3, 1).reshape(*x.shape[:-1], len(weight_OC))
 
 
 def _heads(x_PTE: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from gesso_core.annotate.segmenter.answers import answer, require_own
+from gesso_core.annotate.segmenter.answers import answer, best, require_own
 from gesso_core.annotate.segmenter.contract import (
     Embedding,
     Masks,
@@ -82,8 +82,10 @@ class OnnxSegmenter:
         def decode(group: PromptGroup, several: bool) -> tuple[torch.Tensor, torch.Tensor]:
             masks = group.masks_P1LL
             seen = unmasked if masks is None else self._decoder.look(features_1CGG, masks)
-            logits_PMLL, iou_PM = self._decoder(seen, *group.tokens(), several=several)
-            return logits_PMLL, iou_PM
+            picture, brushes, iou_PM = self._decoder.think(seen, *group.tokens(), several=several)
+            if several and not multimask:
+                brushes, iou_PM = best(brushes, iou_PM)
+            return self._decoder.paint(picture, brushes), iou_PM
 
         frame = long_edge_frame(embedding.size, EDGE)
         # One at a time: what prompts share is computed once above, and one picture's worth of

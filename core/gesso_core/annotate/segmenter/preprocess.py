@@ -5,6 +5,8 @@ added at the right and at the bottom. Back: the logits are stretched over the fr
 cut off, and the rest is stretched to the picture, bilinearly both times. SAM 2 has no padding.
 """
 
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
@@ -15,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from gesso_core.annotate.segmenter.contract import Floats
+from gesso_core.annotate.geometry import Floats32
 from gesso_core.pipelines.pictures import Pixels
 
 # H, W picture   E edge of the frame   L side of the low-resolution logits   N points
@@ -23,6 +25,8 @@ from gesso_core.pipelines.pictures import Pixels
 Color = tuple[float, float, float]
 IMAGENET_MEAN: Final[Color] = (0.485, 0.456, 0.406)
 IMAGENET_STD: Final[Color] = (0.229, 0.224, 0.225)
+BAND: Final = 64  # rows or columns of a picture whose logits are made together
+ROUNDING: Final = 1e-3  # what resized logits may exceed their neighbours by
 
 
 @dataclass(frozen=True)
@@ -53,18 +57,34 @@ class Frame:
         return self.points(boxes_N4.reshape(-1, 2)).reshape(-1, 4)
 
     def picture_logits(self, low_res_NLL: Tensor) -> Tensor:
-        """Low-resolution logits (N, L, L) at the picture's size, (N, H, W).
+        """Low-resolution logits (N, L, L) at the picture's size, (N, H, W)."""
+        bands = [logits_NhW for _, _, logits_NhW in self.bands(low_res_NLL, above=-math.inf)]
+        return torch.cat(bands, dim=-2)
+
+    def bands(self, low_res_NLL: Tensor, *, above: float) -> Iterator[tuple[slice, slice, Tensor]]:
+        """The same, a few rows of the picture after the other: rows, columns and (N, h, w).
 
         All resizing, and the cut of the padding, is linear along each axis, so that each axis is
-        one small matrix and the frame itself is never filled.
+        one matrix and the frame itself is never filled. A row of it reads two or three neighbours,
+        so that a few rows together are a small matrix. Resizing never exceeds what it reads: around
+        the logits that are ``above`` there may be margins that are not, and these are left out.
         """
         side = low_res_NLL.shape[-1]
         edge = self.edge if self.through_frame else side
-        rows_HL, columns_WL = (
+        all_rows, all_columns = (
             _stretch(side, edge, kept if self.through_frame else side, wanted)
             for kept, wanted in zip(self.resized, self.size, strict=True)
         )
-        return rows_HL @ low_res_NLL @ columns_WL.mT
+        seen_Nll = low_res_NLL[..., : all_rows[-1].read.stop, : all_columns[-1].read.stop]
+        reached_ll = (seen_Nll > above - ROUNDING).view(-1, *seen_Nll.shape[-2:]).any(dim=0)
+        rows = _reached(all_rows, reached_ll.any(dim=1))
+        columns = _reached(all_columns, reached_ll.any(dim=0))
+        if not rows or not columns:
+            return
+        width = slice(columns[0].made.start, columns[-1].made.stop)
+        wide_NLw = torch.cat([low_res_NLL[..., part.read] @ part.matrix.mT for part in columns], -1)
+        for part in rows:
+            yield part.made, width, part.matrix @ wide_NLw[..., part.read, :]
 
 
 def long_edge_frame(size: tuple[int, int], edge: int) -> Frame:
@@ -81,7 +101,7 @@ def square_frame(size: tuple[int, int], edge: int) -> Frame:
 
 def pixel_values(
     picture_HW3: Pixels, frame: Frame, mean: Color = IMAGENET_MEAN, std: Color = IMAGENET_STD
-) -> Floats:
+) -> Floats32:
     """The picture as a model reads it: (3, E, E) float32, normalised, zeros as padding."""
     height, width = frame.resized
     resized = Image.fromarray(picture_HW3).resize((width, height), Image.Resampling.BILINEAR)
@@ -92,11 +112,36 @@ def pixel_values(
     return filled_3EE
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Some numbers of an axis, ``made`` from those ``read`` by a matrix."""
+
+    made: slice
+    read: slice
+    matrix: Tensor
+
+
 @lru_cache(maxsize=16)
-def _stretch(low: int, edge: int, kept: int, wanted: int) -> Tensor:
-    """Bilinear low → edge, the first ``kept`` of it, bilinear kept → wanted: (wanted, low)."""
+def _stretch(low: int, edge: int, kept: int, wanted: int) -> tuple[_Part, ...]:
+    """Bilinear low → edge, the first ``kept`` of it, bilinear kept → wanted, in parts."""
     frame = _bilinear(torch.eye(low, dtype=torch.float64), edge)
-    return _bilinear(frame[:kept], wanted).float()
+    whole = _bilinear(frame[:kept], wanted).float()
+    parts = []
+    for start in range(0, wanted, BAND):
+        made = slice(start, min(start + BAND, wanted))
+        used = whole[made].any(dim=0).nonzero()
+        read = slice(int(used[0]), int(used[-1]) + 1)
+        parts.append(_Part(made, read, whole[made, read].contiguous()))
+    return tuple(parts)
+
+
+def _reached(parts: Sequence[_Part], reached_L: Tensor) -> Sequence[_Part]:
+    """The parts from the first to the last that read what is reached."""
+    places = reached_L.nonzero()
+    if not len(places):
+        return ()
+    first, last = int(places[0]), int(places[-1])
+    return [part for part in parts if part.read.start <= last and part.read.stop > first]
 
 
 def _bilinear(given_NC: Tensor, wanted: int) -> Tensor:
