@@ -20,7 +20,11 @@ COPY contracts contracts
 COPY kernels kernels
 COPY core core
 COPY services services
-RUN pip install --no-cache-dir . \
+# The reader of words asks for the OpenCV that opens windows, whose libraries a slim image lacks; the
+# one without windows takes its place.
+RUN pip install --no-cache-dir "/opt/gesso[ocr]" \
+    && pip uninstall --yes opencv-python \
+    && pip install --no-cache-dir "opencv-python-headless==5.0.0.93" \
     && useradd --create-home --uid 10001 gesso
 USER 10001
 ENTRYPOINT ["gesso"]

@@ -7,7 +7,7 @@ PROFILE ?= cpu
 EXTRAS ?= dev
 FAST := not ray and not browser and not slow and not gpu
 
-.PHONY: setup demo up test check format bench compile-kernels train-tiny eval-tiny text-encoder models clean
+.PHONY: setup demo up test check format bench compile-kernels train-tiny eval-tiny text-encoder models label-studio clean
 
 setup: $(STAMP)
 
@@ -50,6 +50,7 @@ bench: setup
 	$(BIN)/python bench/quantized_cpu.py
 	$(BIN)/python bench/autoregressive.py
 	$(BIN)/python bench/best_of_n.py
+	$(BIN)/python bench/annotation.py
 
 train-tiny: setup
 	$(BIN)/python -m gesso_core.train all --profile $(PROFILE)
@@ -63,6 +64,17 @@ text-encoder: setup
 # The default segmenter of the annotation service (45 MB), into ~/.cache/gesso/models.
 models: setup
 	$(BIN)/python -m gesso_core.annotate.fetch
+
+# A real Label Studio (1 GB, no part of gesso) for the tests that talk to it, in an environment of its own.
+label-studio: LABEL_STUDIO = $(HOME)/.cache/gesso/label-studio
+label-studio: export LABEL_STUDIO_BASE_DATA_DIR = $(LABEL_STUDIO)/empty
+label-studio:
+	@test -x $(LABEL_STUDIO)/bin/python || $(PYTHON) -m venv $(LABEL_STUDIO)
+	$(LABEL_STUDIO)/bin/python -m pip install --quiet --disable-pip-version-check \
+		--requirement tests/helpers/label_studio/requirements.txt
+	@echo "making its data base, which takes a minute"
+	@COLLECT_ANALYTICS=false LATEST_VERSION_CHECK=false SENTRY_DSN= $(LABEL_STUDIO)/bin/label-studio init empty --quiet \
+		>$(LABEL_STUDIO)/init.log 2>&1 || (cat $(LABEL_STUDIO)/init.log; false)
 
 clean:
 	rm -rf .venv runs outputs .mypy_cache .pytest_cache .ruff_cache

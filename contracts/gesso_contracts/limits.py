@@ -55,11 +55,19 @@ MAX_PROMPTS: Final = 64
 MAX_POINTS: Final = 64
 MAX_WORDS: Final = 2000
 MAX_POLYGON: Final = 64
+MAX_CORNERS: Final = 10_000  # of the polygons of a picture
+MAX_CHARACTERS: Final = 20_000  # of its words
 WORD_CHARS: Final = 400
 FILE_NAME_CHARS: Final = 255
 MAX_CARS: Final = 64
 CALIBRATION_CHARS: Final = 10_000
+SHAPE_CODE: Final = 64  # numbers that describe a shape
 KITTI_CHARS: Final = 20_000
+MAX_SIGNS: Final = 16  # pictures of one job that draws and labels
+MAX_SIGN_WORDS: Final = 8
+SIGN_WORD_CHARS: Final = 80
+MIN_SIGN_SIDE: Final = 256
+MAX_SIGN_SIDE: Final = 2048
 
 # Jobs.
 MAX_LIST: Final = 200

@@ -97,6 +97,9 @@ JOBS: dict[str, dict[str, Operation]] = {
         "annotate-cars": Operation(
             request=a.AnnotateCars, reply=a.CarsAnnotated, summary="Cars to boxes in space."
         ),
+        "draw-signs": Operation(
+            request=a.DrawSigns, reply=a.SignsDrawn, summary="Signs drawn, written on and labelled."
+        ),
     },
 }
 

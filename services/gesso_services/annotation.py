@@ -1,4 +1,5 @@
-"""The annotation service: clicks to masks, words to characters, cars to boxes in space.
+"""The annotation service: clicks to masks, words to characters, cars to boxes in space, and signs
+that are drawn to be labelled.
 
 Jobs run in threads of their own and clicks in another, so that the event loop stays free and a
 click never waits for a job. Without the segmenter's files the service starts, says what is missing,
@@ -9,11 +10,13 @@ from gesso_contracts import annotations as a
 from gesso_contracts import messages as m
 from gesso_contracts.blobs import Inline
 from gesso_core.annotate.masks import box_of_mask
-from gesso_core.annotate.segmenter.contract import Masks, Prompt, embedding_key
+from gesso_core.annotate.segmenter.contract import Masks, Prompt
+from gesso_core.annotate.segmenter.crops import segment
 from gesso_core.pipelines.pictures import MEDIA_TYPES, Pixels, blank_picture, encode_picture
 from gesso_core.registry import MODELS
 
-from gesso_services.annotation_cars import AT_ONCE, CarAnnotation
+from gesso_services.annotation_cars import CarAnnotation
+from gesso_services.annotation_drawn import SignDrawing
 from gesso_services.annotation_labels import whole_code
 from gesso_services.annotation_text import TextAnnotation
 from gesso_services.annotation_workshop import TEXT, AnnotationSettings, Workshop
@@ -32,10 +35,12 @@ class AnnotationService:
         self.workshop = Workshop(settings)
         self.text = TextAnnotation(self.workshop)
         self.cars = CarAnnotation(self.workshop)
+        self.signs = SignDrawing(self.workshop)
 
     async def start(self, context: ServiceContext) -> None:
         """Load the segmenter if it is there."""
         await self.workshop.open(context)
+        await self.signs.open(context)
 
     async def warm_up(self, context: ServiceContext) -> None:
         """A click and a word on an empty picture, if there is a segmenter."""
@@ -68,18 +73,20 @@ class AnnotationService:
 
     def _segment(self, picture: Pixels, request: a.SegmentPrompts) -> a.Segmented:
         segmenter = self.workshop.segmenter()
-        cached = self.workshop.cache.get(embedding_key(picture, segmenter.sha256)) is not None
         prompts = [
             Prompt(box=one.box, points=tuple(one.points), labels=tuple(one.labels))
             for one in request.prompts
         ]
-        embedding = segmenter.embed(picture)
-        found: list[a.SegmentedMask] = []
-        for start in range(0, len(prompts), AT_ONCE):
-            group = prompts[start : start + AT_ONCE]
-            found += _messages(segmenter.predict(embedding, group, multimask=request.multimask))
+        found: dict[int, a.SegmentedMask] = {}
+        for places, masks in segment(segmenter, picture, prompts, multimask=request.multimask):
+            found |= zip(places, _messages(masks), strict=True)
         height, width = picture.shape[:2]
-        return a.Segmented(masks=found, width=width, height=height, cached=cached)
+        return a.Segmented(
+            masks=[found[place] for place in range(len(prompts))],
+            width=width,
+            height=height,
+            cached=segmenter.looks == 0,
+        )
 
     def _about(self, name: str) -> m.ModelInUse:
         tasks = MODELS[name].tasks if name in MODELS else ("segmentation",)
@@ -112,7 +119,11 @@ def build_service(settings: AnnotationSettings | None = None) -> ServiceSpec:
         name="annotation",
         settings=service.settings,
         rpc={"segment": service.segment},
-        jobs={"annotate-text": service.text.annotate, "annotate-cars": service.cars.annotate},
+        jobs={
+            "annotate-text": service.text.annotate,
+            "annotate-cars": service.cars.annotate,
+            "draw-signs": service.signs.draw,
+        },
         start=service.start,
         warm_up=service.warm_up,
         stop=service.stop,

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from gesso_contracts import annotations as a
-from gesso_core.annotate.kitti.calibration import Calibration
+from gesso_core.annotate.kitti.calibration import Calibration, format_calibration
 from gesso_core.annotate.slf.drawings import picture_corners
 from gesso_core.annotate.slf.results import FittedCar
 from gesso_core.annotate.slf.scene import Outcome, SegmentedObject
@@ -17,11 +17,12 @@ def car_labels(
     outcomes: Sequence[Outcome],
     calibration: Calibration,
 ) -> a.CarLabels:
-    """All prompts of a frame as a message."""
+    """All prompts of a frame as a message, with the calibration that says where they stand."""
     height, width = size
     return a.CarLabels(
         width=width,
         height=height,
+        calibration=format_calibration(calibration),
         objects=[
             a.CarOutcome(
                 index=outcome.index,
@@ -49,5 +50,7 @@ def _car(fitted: FittedCar, calibration: Calibration) -> a.AnnotatedCar:
         points=fitted.points,
         flags=[str(flag) for flag in fitted.flags],
         energies=dict(fitted.energies),
+        pose=fitted.pose,
+        code=list(fitted.code),
         corners=picture_corners(label, calibration),
     )

@@ -5,12 +5,14 @@ from dataclasses import dataclass
 
 import numpy as np
 from gesso_contracts import annotations as a
+from gesso_contracts.blobs import BlobRef
 from gesso_core.annotate.kitti.calibration import Calibration, parse_calibration
 from gesso_core.annotate.kitti.dataset import parse_points
 from gesso_core.annotate.kitti.labels import KittiObject, format_labels
 from gesso_core.annotate.segmenter.contract import OBJECT, Prompt, Segmenter
 from gesso_core.annotate.slf.drawings import birds_eye, one_mesh, picture_overlay
 from gesso_core.annotate.slf.meshes import glb_bytes
+from gesso_core.annotate.slf.occupancy import occupancy_ply
 from gesso_core.annotate.slf.prior import ShapePrior
 from gesso_core.annotate.slf.results import FittedCar
 from gesso_core.annotate.slf.scene import (
@@ -33,6 +35,7 @@ from gesso_services.runtime.job_context import JobContext
 
 AT_ONCE = 8  # prompts whose masks are in memory together
 GLB = "model/gltf-binary"
+PLY = "application/octet-stream"  # there is no registered type
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,14 @@ class Frame:
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """Which files a job shall make beside the labels: the shapes, and voxels of that size."""
+
+    meshes: bool
+    occupancy: float | None
+
+
+@dataclass(frozen=True)
 class Files:
     """What a finished job lays down."""
 
@@ -52,6 +63,7 @@ class Files:
     overlay: bytes
     birds_eye: bytes
     meshes: bytes | None
+    occupancy: bytes | None
 
 
 class CarAnnotation:
@@ -69,7 +81,8 @@ class CarAnnotation:
         points = None if scan is None else parse_points(scan)
         frame = Frame(await shop.opened(request.image), calibration, points)
         objects, outcomes = await shop.for_job(self._annotate, frame, request, job)
-        files = await shop.for_job(written, frame, objects, outcomes, meshes=request.meshes)
+        wanted = Wanted(request.meshes, request.occupancy)
+        files = await shop.for_job(written, frame, objects, outcomes, shop.prior, wanted)
         cars = [outcome for outcome in outcomes if isinstance(outcome, FittedCar)]
         height, width = frame.picture.shape[:2]
         png, blobs = MEDIA_TYPES["png"], shop.blobs
@@ -82,12 +95,16 @@ class CarAnnotation:
             kitti=format_labels(car.label for car in cars),
             overlay=await blobs.put(files.overlay, png),
             birds_eye=await blobs.put(files.birds_eye, png),
-            meshes=None if files.meshes is None else await blobs.put(files.meshes, GLB),
+            meshes=await self._laid_down(files.meshes, GLB),
+            occupancy=await self._laid_down(files.occupancy, PLY),
             cars=len(cars),
             refused=counted(one.reason for one in outcomes if isinstance(one, Refused)),
             flagged=counted(str(flag) for car in cars for flag in car.flags),
             provenance=shop.provenance(CARS),
         )
+
+    async def _laid_down(self, data: bytes | None, media_type: str) -> BlobRef | None:
+        return None if data is None else await self.workshop.blobs.put(data, media_type)
 
     def _annotate(
         self, frame: Frame, request: a.AnnotateCars, job: JobContext
@@ -130,14 +147,17 @@ def written(
     frame: Frame,
     objects: Sequence[SegmentedObject],
     outcomes: Sequence[Outcome],
-    *,
-    meshes: bool,
+    prior: ShapePrior,
+    wanted: Wanted,
 ) -> Files:
-    """Labels as JSON, the two drawings as PNG, and the shapes, if asked for and there are any."""
+    """Labels as JSON, the two drawings as PNG, and of the shapes, where there are any, what is
+    wanted.
+    """
     cars: list[KittiObject | None] = [
         outcome.label if isinstance(outcome, FittedCar) else None for outcome in outcomes
     ]
-    shapes = [outcome.mesh for outcome in outcomes if isinstance(outcome, FittedCar)]
+    fitted = [outcome for outcome in outcomes if isinstance(outcome, FittedCar)]
+    voxel = wanted.occupancy if fitted else None
     labels = car_labels(frame.picture.shape[:2], objects, outcomes, frame.calibration)
     masks = [item.mask_HW for item in objects]
     drawn = picture_overlay(frame.picture, masks, cars, frame.calibration)
@@ -146,5 +166,8 @@ def written(
         labels=labels.model_dump_json().encode(),
         overlay=encode_picture(drawn),
         birds_eye=encode_picture(birds_eye(cars, rect)),
-        meshes=glb_bytes(one_mesh(shapes)) if meshes and shapes else None,
+        meshes=glb_bytes(one_mesh([car.mesh for car in fitted]))
+        if wanted.meshes and fitted
+        else None,
+        occupancy=None if voxel is None else occupancy_ply(fitted, prior, frame.calibration, voxel),
     )

@@ -1,17 +1,14 @@
 """Results of the core as messages, and back: what lies in the blob ``labels`` of a job.
 
 The gateway reads them, too, so nothing here needs torch.
-
-Masks are coded from their window alone, so that a picture of 16 megapixels with a thousand
-characters costs no more than its characters.
 """
 
 from collections import Counter
 from collections.abc import Iterable
 from typing import Final
 
-import numpy as np
 from gesso_contracts import annotations as a
+from gesso_core.annotate.char_sam.window_runs import decode_placed, encode_placed
 from gesso_core.annotate.char_sam.words import (
     FLAGS,
     CharacterMask,
@@ -20,11 +17,13 @@ from gesso_core.annotate.char_sam.words import (
     PlacedMask,
     WordAnnotation,
     WordResult,
-    polygon_mask,
+    placed_polygon,
     summarize,
 )
-from gesso_core.annotate.masks import Mask, mask_runs, pack_runs, unpack_runs
-from gesso_core.errors import InvalidRequest
+from gesso_core.annotate.kitti.calibration import parse_calibration
+from gesso_core.annotate.kitti.labels import KittiObject
+from gesso_core.annotate.kitti.writers import Labelled, LabelledFrame
+from gesso_core.annotate.masks import Mask, encode_mask
 
 Size = tuple[int, int]
 
@@ -44,6 +43,17 @@ def picture_result(labels: a.TextLabels) -> PictureResult:
     return PictureResult(
         size=(labels.height, labels.width),
         words=tuple(_word_result(word) for word in labels.words),
+    )
+
+
+def labelled_frame(labels: a.CarLabels, name: str) -> LabelledFrame:
+    """The cars of a picture, for the writers of other tools' files."""
+    found = [one.car for one in labels.objects if one.car is not None]
+    return LabelledFrame(
+        name=name,
+        size=(labels.height, labels.width),
+        calibration=parse_calibration(labels.calibration, name),
+        objects=[Labelled(_kitti_object(car), tuple(car.flags)) for car in found],
     )
 
 
@@ -75,50 +85,17 @@ def counted(names: Iterable[str]) -> dict[str, int]:
 
 def mask_code(mask: PlacedMask, size: Size) -> a.MaskCode:
     """The run lengths of a mask that fills only its window of the picture."""
-    height, width = size
-    columns = mask.window_hw.shape[1]
-    strip_Hw = np.zeros((height, columns), dtype=bool)
-    strip_Hw[mask.y : mask.y + mask.window_hw.shape[0]] = mask.window_hw
-    runs = mask_runs(strip_Hw)
-    runs[0] += mask.x * height
-    after = (width - mask.x - columns) * height
-    if len(runs) % 2:  # it ends with background
-        runs[-1] += after
-    elif after:
-        runs.append(after)
-    return a.MaskCode(size=size, counts=pack_runs(runs))
+    return a.MaskCode.model_validate(encode_placed(mask, size))
 
 
 def whole_code(mask_HW: Mask) -> a.MaskCode:
     """The run lengths of a mask of the whole picture."""
-    height, width = mask_HW.shape
-    return a.MaskCode(size=(height, width), counts=pack_runs(mask_runs(mask_HW)))
+    return a.MaskCode.model_validate(encode_mask(mask_HW))
 
 
 def placed_mask(code: a.MaskCode) -> PlacedMask:
     """The window of a coded mask; InvalidRequest when the runs do not fill the picture."""
-    height, width = code.size
-    runs = np.array(unpack_runs(code.counts), dtype=np.int64)
-    if (runs < 0).any() or runs.sum() != height * width:
-        raise InvalidRequest(
-            f"the runs cover {int(runs.sum())} pixels, a {width}x{height} mask has "
-            f"{height * width}; the run lengths are damaged or belong to another size",
-            field="counts",
-        )
-    if len(runs) < 2:
-        return PlacedMask(0, 0, np.zeros((0, 0), dtype=bool))
-    ends = runs.cumsum()
-    last = len(runs) - 1 - (len(runs) % 2)  # the last run of foreground
-    left, right = int(ends[0]) // height, -(-int(ends[last]) // height)
-    kept = runs[: last + 1].copy()
-    kept[0] -= left * height
-    flat = np.repeat(np.arange(len(kept)) % 2 == 1, kept)
-    filled = np.zeros((right - left) * height, dtype=bool)
-    filled[: len(flat)] = flat
-    strip_Hw = filled.reshape(right - left, height).T
-    rows = np.flatnonzero(strip_Hw.any(1))
-    top, bottom = int(rows[0]), int(rows[-1]) + 1
-    return PlacedMask(left, top, np.ascontiguousarray(strip_Hw[top:bottom]))
+    return decode_placed(code.counts, code.size)
 
 
 def _word(word: WordResult, size: Size) -> a.AnnotatedWord:
@@ -130,7 +107,7 @@ def _word(word: WordResult, size: Size) -> a.AnnotatedWord:
         ignore=given.ignore,
         source=given.source,
         confidence=given.confidence,
-        mask=_ignored(given, size) if given.ignore else mask_code(word.mask, size),
+        mask=mask_code(placed_polygon(given.polygon, size) if given.ignore else word.mask, size),
         score=word.score,
         flags=list(word.flags),
         refused=word.refused,
@@ -148,10 +125,6 @@ def _word(word: WordResult, size: Size) -> a.AnnotatedWord:
             for character in word.characters
         ],
     )
-
-
-def _ignored(word: WordAnnotation, size: Size) -> a.MaskCode:
-    return whole_code(polygon_mask(word.polygon, size))
 
 
 def _word_result(word: a.AnnotatedWord) -> WordResult:
@@ -183,6 +156,20 @@ def _character_mask(character: a.AnnotatedCharacter) -> CharacterMask:
         score=character.score,
         flags=_flags(character.flags),
         refused=character.refused,
+    )
+
+
+def _kitti_object(car: a.AnnotatedCar) -> KittiObject:
+    return KittiObject(
+        kind=car.kind,
+        truncated=car.truncated,
+        occluded=car.occluded,
+        alpha=car.alpha,
+        box2d=car.box,
+        size=car.size,
+        location=car.location,
+        rotation_y=car.rotation_y,
+        score=car.score,
     )
 
 

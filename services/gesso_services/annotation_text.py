@@ -1,11 +1,11 @@
 """Jobs of the kind ``annotate-text``: word by word, so that each can be the last one."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from gesso_contracts import annotations as a
 from gesso_core.annotate.char_sam.overlay import overlay
 from gesso_core.annotate.char_sam.pipeline import CharSam, CharSamOptions
-from gesso_core.annotate.char_sam.words import PictureResult, WordAnnotation, check_word
+from gesso_core.annotate.char_sam.words import PictureResult, WordAnnotation, check_word, is_usable
 from gesso_core.errors import InvalidRequest
 from gesso_core.pipelines.pictures import MEDIA_TYPES, Pixels, encode_picture
 
@@ -45,30 +45,31 @@ class TextAnnotation:
     def _annotate(self, picture: Pixels, request: a.AnnotateText, job: JobContext) -> PictureResult:
         annotator = self.workshop.annotator()
         options = CharSamOptions(refine=request.refine, min_score=request.min_score)
-        return annotate_words(
-            annotator, picture, words_of(request, picture, annotator), options, job
-        )
+        words = words_of(request.words, picture, annotator)
+        return annotate_words(annotator, picture, words, options, job.report)
 
 
-def words_of(request: a.AnnotateText, picture: Pixels, annotator: CharSam) -> list[WordAnnotation]:
-    """The words of a request, checked, or those that the reader finds.
+def words_of(
+    given: Sequence[a.WordSpec] | None, picture: Pixels, annotator: CharSam
+) -> list[WordAnnotation]:
+    """The given words, checked, or those that the reader finds.
 
     Raises InvalidRequest for a word that cannot be used, naming its field, and where no words were
     given and nobody is there to find them.
     """
-    size = picture.shape[:2]
-    if request.words is not None:
-        words = [word_annotation(word) for word in request.words]
+    size = picture.shape[0], picture.shape[1]
+    if given is not None:
+        words = [word_annotation(word) for word in given]
         for number, word in enumerate(words):
             check_word(word, size, name=f"words.{number}")
         return words
     if annotator.reader is None:
         raise InvalidRequest(
-            "no words were given, and this server has no reader to find them; send words with "
-            "polygon and text, or install gesso[ocr] where the annotation service runs",
+            "no words were given, and there is no reader to find them; send words with polygon and "
+            "text, or install gesso[ocr] where the annotation runs",
             field="words",
         )
-    return [word for word in annotator.reader.find(picture) if _fits(word, size)]
+    return [word for word in annotator.reader.find(picture) if is_usable(word, size)]
 
 
 def annotate_words(
@@ -76,14 +77,14 @@ def annotate_words(
     picture: Pixels,
     words: Sequence[WordAnnotation],
     options: CharSamOptions,
-    job: JobContext,
+    report: Callable[[int, int], None],
 ) -> PictureResult:
-    """Word by word; raises ``Cancelled`` before the next one when the job was withdrawn."""
+    """Word by word; ``report`` is told how many of how many are done, and may raise to end it."""
     results = []
     for number, word in enumerate(words):
-        job.report(number, len(words))
+        report(number, len(words))
         results.append(annotator.annotate(picture, [word], options))
-    job.report(len(words), len(words))
+    report(len(words), len(words))
     return PictureResult(
         size=(picture.shape[0], picture.shape[1]),
         words=tuple(word for result in results for word in result.words),
@@ -96,12 +97,3 @@ def _written(picture: Pixels, result: PictureResult) -> tuple[bytes, bytes]:
     """Labels as JSON, and the overlay as a PNG."""
     labels = text_labels(result).model_dump_json().encode()
     return labels, encode_picture(overlay(picture, result))
-
-
-def _fits(word: WordAnnotation, size: tuple[int, ...]) -> bool:
-    """Whether what a reader found can be annotated; its boxes may miss the picture."""
-    try:
-        check_word(word, (size[0], size[1]))
-    except InvalidRequest:
-        return False
-    return True

@@ -7,7 +7,7 @@ missing, and looks again whenever it is asked.
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path
 from threading import Lock
@@ -22,7 +22,13 @@ from gesso_core.annotate.char_sam.pipeline import CharSam
 from gesso_core.annotate.char_sam.words import WordAnnotation
 from gesso_core.annotate.pictures import open_picture
 from gesso_core.annotate.segmenter.cache import DEFAULT_BYTES, EmbeddingCache
-from gesso_core.annotate.segmenter.contract import Embedding, Masks, Prompt, Segmenter
+from gesso_core.annotate.segmenter.contract import (
+    Embedding,
+    Masks,
+    Prompt,
+    Segmenter,
+    embedding_key,
+)
 from gesso_core.annotate.segmenter.load import DEFAULT_SEGMENTER, load_segmenter
 from gesso_core.annotate.slf.prior import ShapePrior, load_prior
 from gesso_core.errors import GessoError, Unavailable, UnknownModel
@@ -53,23 +59,34 @@ class AnnotationSettings(ServiceSettings):
     )
     store: Path = Field(DEFAULT_STORE, description="where fetched and pulled models lie")
     fonts: Path | None = Field(None, description="further fonts, for scripts the shipped lack")
+    prior: Path | None = Field(None, description="a folder with a shape prior of one's own")
     reader: bool = Field(True, description="read words with the OCR package, if it is installed")
     device: str = Field("cpu", description="of a published segmenter")
     threads: int = Field(1, ge=1, description="CPU threads of one model call")
     cache_bytes: int = Field(DEFAULT_BYTES, ge=0, description="pictures that were looked at")
+    drawing_patience_s: float = Field(
+        60.0, gt=0, description="waiting for a sign of life of a picture that is being drawn"
+    )
     max_pixels: int = Field(MAX_PIXELS, ge=1, description="largest picture that is opened")
 
 
 class CachedSegmenter:
-    """The segmenter with its embeddings kept: the same picture again costs no second look."""
+    """The segmenter with its embeddings kept: the same picture again costs no second look.
+
+    Attributes:
+        looks: embeddings that this one asked for and that were not there.
+    """
 
     def __init__(self, segmenter: Segmenter, cache: EmbeddingCache) -> None:
         self.segmenter, self.cache = segmenter, cache
         self.name, self.sha256 = segmenter.name, segmenter.sha256
+        self.looks = 0
 
     def embed(self, picture_HW3: Pixels) -> Embedding:
         """From the cache, or computed and kept."""
-        return self.cache.embed(self.segmenter, picture_HW3)
+        key = embedding_key(picture_HW3, self.sha256)
+        self.looks += self.cache.get(key) is None
+        return self.cache.embed(self.segmenter, picture_HW3, key=key)
 
     def predict(
         self, embedding: Embedding, prompts: Sequence[Prompt], *, multimask: bool = False
@@ -108,6 +125,7 @@ class Workshop:
         self.cache = EmbeddingCache(settings.cache_bytes)
         self._segmenter: Segmenter | None = None
         self._problem = ""
+        self._looking: Future[None] | None = None
         self._loading = Lock()
         self._jobs = _threads(settings.slots, "annotation", settings.threads)
         self._clicks = _threads(1, "clicks", settings.threads)
@@ -138,7 +156,8 @@ class Workshop:
         """Every model that cannot be used, and what to do about it; looks again aside."""
         if self._segmenter is not None:
             return {}
-        self._clicks.submit(self._look)
+        if self._looking is None or self._looking.done():  # a large model takes its time to load
+            self._looking = self._clicks.submit(self._look)
         return dict.fromkeys(self.names, self._problem)
 
     def segmenter(self) -> CachedSegmenter:
@@ -166,7 +185,7 @@ class Workshop:
     @cached_property
     def prior(self) -> ShapePrior:
         """The shapes of cars."""
-        return load_prior()
+        return load_prior(folder=self.settings.prior)
 
     def weight_bytes(self, name: str) -> int:
         """What a model's own weights take in memory; Char-SAM has none of its own."""

@@ -224,6 +224,29 @@ class Gesso:
         answer = self._json("POST", labels.CARS, **form, **labels.keyed(key))
         return JobState.model_validate(answer)
 
+    def draw_signs(
+        self,
+        prompt: str,
+        words: Sequence[str],
+        *,
+        key: str | None = None,
+        on_progress: OnProgress | None = None,
+        **options: Any,
+    ) -> Json:
+        """Draw ``prompt``, put a sign with these words into every picture, one per line, and label
+        its characters. ``options``: n, seed, size, generator, model, refine, min_score. Leaving the
+        call early withdraws the job, unless it has a ``key``.
+        """
+        body = labels.draw_request(prompt, words, options)
+        begun = self._json("POST", labels.DRAW, json=body, **labels.keyed(key))
+        try:
+            return self.labels(begun["id"], on_progress=on_progress)
+        except BaseException:
+            if key is None:
+                with suppress(GessoError):
+                    self.cancel(begun["id"])
+            raise
+
     def labels(self, job_id: str, *, on_progress: OnProgress | None = None) -> Json:
         """The labels of an annotation that was begun, when it is done."""
         watcher, state = talk.Watcher(on_progress), None
@@ -234,9 +257,11 @@ class Gesso:
         labels.checked_state(state)
         return self._json("GET", f"/v1/jobs/{wire.segment(job_id)}/result")
 
-    def drawing(self, job_id: str, part: str = "overlay") -> bytes:
-        """A file of a finished annotation: ``overlay``, ``birds-eye`` or ``meshes``."""
-        return self._bytes(f"/v1/annotations/{wire.segment(job_id)}/{wire.segment(part)}")
+    def drawing(self, job_id: str, part: str = "overlay", *, picture: int | None = None) -> bytes:
+        """A file of a finished annotation: ``overlay``, ``birds-eye``, ``meshes`` or ``occupancy``;
+        of one that drew pictures ``image``, ``overlay`` or ``truth`` of the one with this number.
+        """
+        return self._bytes(labels.drawing_path(job_id, part, picture))
 
     def export(self, job_id: str, file_format: str) -> bytes:
         """A finished annotation as coco, yolo, label-studio, textseg or kitti."""

@@ -153,6 +153,28 @@ class AsyncGesso:
         begun = await self._json("POST", labels.CARS, **form, **labels.keyed(key))
         return await self.labels(begun["id"], on_progress=on_progress)
 
+    async def draw_signs(
+        self,
+        prompt: str,
+        words: Sequence[str],
+        *,
+        key: str | None = None,
+        on_progress: OnProgress | None = None,
+        **options: Any,
+    ) -> Json:
+        """Pictures with signs, labelled; cancelling the task withdraws the job, unless it has a
+        ``key``.
+        """
+        body = labels.draw_request(prompt, words, options)
+        begun = await self._json("POST", labels.DRAW, json=body, **labels.keyed(key))
+        try:
+            return await self.labels(begun["id"], on_progress=on_progress)
+        except BaseException:
+            if key is None:
+                with suppress(GessoError):
+                    await self.cancel(begun["id"])
+            raise
+
     async def labels(self, job_id: str, *, on_progress: OnProgress | None = None) -> Json:
         """The labels of an annotation that was begun, when it is done."""
         watcher, state = talk.Watcher(on_progress), None
@@ -163,9 +185,13 @@ class AsyncGesso:
         labels.checked_state(state)
         return await self._json("GET", f"/v1/jobs/{wire.segment(job_id)}/result")
 
-    async def drawing(self, job_id: str, part: str = "overlay") -> bytes:
-        """A file of a finished annotation: ``overlay``, ``birds-eye`` or ``meshes``."""
-        return await self._bytes(f"/v1/annotations/{wire.segment(job_id)}/{wire.segment(part)}")
+    async def drawing(
+        self, job_id: str, part: str = "overlay", *, picture: int | None = None
+    ) -> bytes:
+        """A file of a finished annotation: ``overlay``, ``birds-eye``, ``meshes`` or ``occupancy``;
+        of one that drew pictures ``image``, ``overlay`` or ``truth`` of the one with this number.
+        """
+        return await self._bytes(labels.drawing_path(job_id, part, picture))
 
     async def export(self, job_id: str, file_format: str) -> bytes:
         """A finished annotation as coco, yolo, label-studio, textseg or kitti."""

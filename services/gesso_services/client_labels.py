@@ -6,12 +6,17 @@ from typing import Any
 
 from gesso_contracts import JobState
 
-from gesso_services.client_wire import ApiError, Json, NotReachable
+from gesso_services.client_wire import ApiError, Json, NotReachable, segment
 
 TEXT = "/v1/annotations/text"
 CARS = "/v1/annotations/cars"
 SEGMENT = "/v1/annotations/segment"
+DRAW = "/v1/annotations/draw"
 KEY = "Idempotency-Key"
+
+
+class JobFailed(ApiError):
+    """The job itself has failed or was cancelled; asking for its result again changes nothing."""
 
 
 def text_form(image: bytes, words: Sequence[Json] | None, name: str, options: Json) -> Json:
@@ -45,6 +50,18 @@ def segment_form(image: bytes, prompts: Sequence[Json], options: Json) -> Json:
     return {"files": {"image": _file("image", image)}, "data": _fields(fields)}
 
 
+def draw_request(prompt: str, words: Sequence[str], options: Json) -> Json:
+    """The request for signs that are drawn and labelled; what is None is left to the server."""
+    given = {name: value for name, value in options.items() if value is not None}
+    return {"prompt": prompt, "words": list(words), **given, "wait": False}
+
+
+def drawing_path(job_id: str, part: str, picture: int | None) -> str:
+    """Where a file of an annotation is; of one that made several pictures, which of them."""
+    between = "" if picture is None else f"pictures/{picture}/"
+    return f"/v1/annotations/{segment(job_id)}/{between}{segment(part)}"
+
+
 def keyed(key: str | None) -> Json:
     """The header under which the same request again is the same job."""
     return {} if key is None else {"headers": {KEY: key}}
@@ -56,9 +73,9 @@ def checked_state(state: JobState | None) -> JobState:
         raise NotReachable("the server closed the stream before the job ended; try again")
     if state.problem is not None:
         problem = state.problem
-        raise ApiError(problem.status, problem.code, problem.detail, field=problem.field)
+        raise JobFailed(problem.status, problem.code, problem.detail, field=problem.field)
     if state.status != "succeeded":
-        raise ApiError(409, "cancelled", f"job {state.id} was cancelled")
+        raise JobFailed(409, "cancelled", f"job {state.id} was cancelled")
     return state
 
 

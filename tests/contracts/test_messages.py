@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from gesso_contracts import (
+    AnnotateText,
     AskReady,
     BlobRef,
     ContractError,
@@ -20,6 +21,7 @@ from gesso_contracts import (
     Message,
     Problem,
     Reconstructed,
+    WordSpec,
     decode,
     encode,
     headers,
@@ -187,3 +189,15 @@ def test_header_names_are_those_of_the_protocols() -> None:
     assert headers.MESSAGE_ID == "Nats-Msg-Id"
     assert headers.ERROR_CODE == "Nats-Service-Error-Code"
     assert headers.TRACEPARENT == "traceparent"
+
+
+def test_the_most_words_that_may_be_sent_fit_a_message_beside_a_picture() -> None:
+    far = -123456.78901234567
+    word = WordSpec(text="😀" * 8, polygon=[(far, far)] * 5, script="€€", ignore=True)
+    image = Inline(data=bytes(limits.INLINE_JOB_BYTES // 2), media_type="image/png")
+    words = [word] * limits.MAX_WORDS
+    data, _ = encode(AnnotateText(model="char-sam", image=image, words=words))
+    assert len(data) < limits.JOB_MESSAGE_BYTES - 10_000
+    longer = [WordSpec(text="😀" * 9, polygon=word.polygon, script="€€"), *words[1:]]
+    with pytest.raises(ValueError, match="20,001 characters in all, at most 20,000"):
+        AnnotateText(model="char-sam", image=image, words=longer)

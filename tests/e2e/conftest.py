@@ -11,13 +11,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
+from gesso_core.annotate import fetch
+from gesso_core.hub.store import DEFAULT_STORE
 from gesso_services.client import Gesso
+from small_segmenter import write_segmenter
 
 OPERATOR = {
     "GESSO_DIFFUSION_MODELS": '["sana-tiny", "sana-tiny-int4"]',
@@ -86,19 +89,27 @@ def wait_until() -> Callable[[Callable[[], bool], float, str], None]:
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningStack]:
     state, port = tmp_path_factory.mktemp("stack"), free_port()
-    with start_stack(state, port) as running:
+    with start_stack(state, port, segmenter(state)) as running:
         yield running
+
+
+def segmenter(place: Path) -> dict[str, str]:
+    """The one of ``make models`` where it lies, or else a small one whose masks mean nothing."""
+    if all((DEFAULT_STORE / fetch.MODEL / name).is_file() for name in fetch.SHA256):
+        return {}
+    return {"GESSO_ANNOTATION_FOLDER": str(write_segmenter(place / "segmenter"))}
 
 
 class start_stack:  # noqa: N801 - reads as a verb where it is used
     """``gesso up`` on ``port`` with its files in ``state``; stopped as Ctrl-C would."""
 
-    def __init__(self, state: Path, port: int) -> None:
+    def __init__(self, state: Path, port: int, options: Mapping[str, str]) -> None:
         self.command = [sys.executable, "-m", "gesso_services.cli.main", "up"]
         self.command += ["--port", str(port), "--state", str(state)]
         self.url = f"http://127.0.0.1:{port}"
         joined = {"NATS_URL", "RAY_ADDRESS", "RAY_ENABLE_UV_RUN_RUNTIME_ENV"}
-        self.environment = {k: v for k, v in os.environ.items() if k not in joined} | OPERATOR
+        mine = {k: v for k, v in os.environ.items() if k not in joined}
+        self.environment = mine | OPERATOR | dict(options)
         self.lines: list[str] = []
 
     def __enter__(self) -> RunningStack:
@@ -131,6 +142,8 @@ class start_stack:  # noqa: N801 - reads as a verb where it is used
         self.process.stdout.close()
 
     def _stop(self) -> None:
+        if self.process.poll() is not None:
+            return
         children = psutil.Process(self.process.pid).children(recursive=True)
         self.process.send_signal(signal.SIGINT)
         try:

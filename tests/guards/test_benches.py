@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from gesso_core.annotate import fetch
+from gesso_core.hub.store import DEFAULT_STORE
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -57,3 +59,19 @@ def test_the_bench_of_the_autoregressive_service_runs_in_its_smoke_form() -> Non
 def test_the_bench_of_best_of_n_runs_in_its_smoke_form() -> None:
     shown = smoke("best_of_n.py", timeout=280)
     assert shown.count('"api_picks_the_same": "2 of 2"') == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("part", "row"),
+    [
+        ("segmenter", '"prompts": 2'),
+        ("text", '"decoder_calls_at_most": 13'),
+        ("cars", '"bev_iou"'),
+        ("memory", '"annotations"'),
+    ],
+)
+def test_the_bench_of_annotation_runs_in_its_smoke_form(part: str, row: str) -> None:
+    if part != "cars" and not (DEFAULT_STORE / fetch.MODEL / fetch.DECODER).is_file():
+        pytest.skip(f"{DEFAULT_STORE} lacks {fetch.MODEL}; run `make models`")
+    assert row in smoke("annotation.py", "--only", part)

@@ -1,11 +1,13 @@
 """The annotation service behind a real broker: clicks, words, cars, and what may be missing."""
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from gesso_contracts import annotations as a
 from gesso_contracts import messages as m
 from gesso_contracts import parse
@@ -14,14 +16,18 @@ from gesso_contracts.jobs import JobProgress, JobState
 from gesso_core.annotate.char_sam.ocr import WheelReader
 from gesso_core.annotate.char_sam.pipeline import CharSam
 from gesso_core.annotate.char_sam.synthetic import make_scene
+from gesso_core.annotate.kitti.calibration import parse_calibration
 from gesso_core.annotate.kitti.labels import parse_labels
 from gesso_core.annotate.masks import decode_mask
-from gesso_core.annotate.segmenter.contract import Prompt
+from gesso_core.annotate.segmenter.contract import Prompt, Segmenter
+from gesso_core.annotate.segmenter.crops import segment
 from gesso_core.annotate.segmenter.load import load_segmenter
+from gesso_core.annotate.slf.prior import extent_of, load_prior
 from gesso_core.annotate.slf.synthetic import synthetic_frames
-from gesso_core.errors import InvalidRequest, UnknownModel
+from gesso_core.errors import InvalidRequest, UnknownModel, WeightsError
 from gesso_core.pipelines.pictures import Pixels, blank_picture, decode_picture, encode_picture
 from gesso_services.annotation_labels import mask_code, picture_result, placed_mask, text_labels
+from gesso_services.annotation_workshop import AnnotationSettings, Workshop
 from gesso_services.runtime.blobs import BlobStore
 from gesso_services.runtime.connection import Bus
 from gesso_services.runtime.job_events import follow, wait_for
@@ -90,6 +96,26 @@ async def test_clicks_and_boxes_give_the_masks_of_the_core_and_the_second_look_i
         size, counts = list(got.mask.size), got.mask.counts
         np.testing.assert_array_equal(decode_mask({"size": size, "counts": counts}), mask)
         assert got.area == mask.sum()
+
+
+@pytest.mark.usefixtures("service")
+async def test_a_small_box_is_looked_at_through_a_window_that_is_remembered(
+    gateway: Bus, tiny_sam: Path
+) -> None:
+    picture, box = noise(200, 300), (120.0, 70.0, 152.0, 102.0)
+    request = a.SegmentPrompts(
+        model="sam-mobile", image=png(picture), prompts=[a.PromptSpec(box=box)]
+    )
+    first = await call(gateway, "annotation", "segment", request, a.Segmented)
+    nearer = a.PromptSpec(box=box, points=[(130, 80)], labels=[1])
+    again = request.model_copy(update={"prompts": [nearer]})
+    second = await call(gateway, "annotation", "segment", again, a.Segmented)
+    assert (first.cached, second.cached) == (False, True)
+    ((_, expected),) = segment(load_segmenter(tiny_sam), picture, [Prompt(box=box)])
+    counts = first.masks[0].mask.counts
+    mask = decode_mask({"size": [200, 300], "counts": counts})
+    np.testing.assert_array_equal(mask, expected.masks_PHW[0])
+    assert not mask[:, :104].any()  # nothing outside the window
 
 
 @pytest.mark.usefixtures("service")
@@ -193,6 +219,7 @@ async def test_cars_become_label_lines_drawings_and_surfaces(store: JobStore, ga
         points=scan,
         prompts=[a.CarPrompt(box=box) for box in boxes],
         meshes=True,
+        occupancy=0.5,
     )
     state = await finished(store, "annotate-cars", request)
     assert state.status == "succeeded", state.problem
@@ -208,6 +235,14 @@ async def test_cars_become_label_lines_drawings_and_surfaces(store: JobStore, ga
     assert decode_picture(await blobs.get(made.birds_eye)).shape == (600, 500, 3)
     assert made.meshes is not None
     assert (await blobs.get(made.meshes)).startswith(b"glTF")
+    assert made.occupancy is not None
+    assert (await blobs.get(made.occupancy)).startswith(b"ply")
+    again, given = parse_calibration(labels.calibration), parse_calibration(CALIBRATION)
+    np.testing.assert_array_equal(again.projection, given.projection)
+    np.testing.assert_array_equal(again.velo_to_cam, given.velo_to_cam)
+    shape = load_prior().grid(torch.tensor([cars[0].code]))
+    assert extent_of(shape).size == pytest.approx(cars[0].size, abs=1e-4)
+    assert cars[0].pose[3] == pytest.approx(cars[0].rotation_y)
     assert (state.step, state.total_steps) == (4, 4)
 
 
@@ -283,6 +318,25 @@ async def test_files_that_arrive_are_noticed_by_asking_alone(
     async with asyncio.timeout(10):
         while (await call(gateway, "annotation", "ready", m.AskReady(), m.ServiceReady)).missing:
             await asyncio.sleep(0.05)
+
+
+async def test_however_often_one_asks_there_is_one_look_for_missing_files_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop = Workshop(AnnotationSettings.for_service("annotation", store=tmp_path))
+    looks, gate = [], threading.Event()
+
+    def slow() -> Segmenter:
+        looks.append(gate.wait(5))
+        raise WeightsError("not there yet")
+
+    monkeypatch.setattr(shop, "_load", slow)
+    for _ in range(50):
+        shop.missing()
+    gate.set()
+    await shop.for_click(lambda: None)
+    shop.close()
+    assert looks == [True]
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 5), (40, 60)])

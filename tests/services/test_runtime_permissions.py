@@ -89,6 +89,8 @@ AUTOREGRESSIVE_MAY_NOT = [
     "_INBOX_gateway.x",
 ]
 ANNOTATION_MAY = [
+    "gesso.v1.job.diffusion.generate-image",
+    "gesso.v1.ctl.diffusion.cancel",
     "gesso.v1.evt.job.x.progress",
     "gesso.v1.blob.x.0",
     "gesso.v1.dlq.annotation",
@@ -99,7 +101,10 @@ ANNOTATION_MAY = [
 ANNOTATION_MAY_NOT = [
     "gesso.v1.rpc.autoencoder.decode",
     "gesso.v1.job.annotation.annotate-text",
+    "gesso.v1.job.diffusion.anything-else",
+    "gesso.v1.job.autoregressive.generate-image",
     "gesso.v1.ctl.annotation.cancel",
+    "gesso.v1.ctl.autoregressive.cancel",
     "gesso.v1.dlq.diffusion",
     "$JS.API.CONSUMER.MSG.NEXT.JOBS.diffusion",
     "$JS.ACK.JOBS.diffusion.1",

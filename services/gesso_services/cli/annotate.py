@@ -1,4 +1,6 @@
-"""``gesso annotate``: words to the masks of their characters, cars to boxes in space."""
+"""``gesso annotate``: words to the masks of their characters, cars to boxes in space, and signs
+that are drawn to be labelled.
+"""
 
 from collections.abc import Iterable
 from importlib import import_module
@@ -12,6 +14,7 @@ from rich.progress import Progress
 from gesso_services.cli.annotated_folder import (
     MANIFEST,
     Annotates,
+    CarFormat,
     Counts,
     Folder,
     Item,
@@ -29,6 +32,7 @@ from gesso_services.cli.common import (
 )
 from gesso_services.client import DEFAULT_URL
 from gesso_services.client_wire import Json
+from gesso_services.client_wire import Progress as Step
 
 app = typer.Typer(no_args_is_help=True, help="Label text and cars in pictures and folders.")
 Out = Annotated[Path, typer.Option("--out", help="Where everything is written.", file_okay=False)]
@@ -97,8 +101,15 @@ def cars(
             exists=True,
         ),
     ] = None,
+    file_format: Annotated[
+        CarFormat, typer.Option("--format", help="Of the data set, beside label_2.")
+    ] = "kitti",
     driving_side: Annotated[str, typer.Option(help="right or left.")] = "right",
     meshes: Annotated[bool, typer.Option("--meshes", help="Also the shapes, as GLB.")] = False,
+    occupancy: Annotated[
+        float | None,
+        typer.Option(min=0.05, max=1, help="Also the voxels they fill, so many metres, as PLY."),
+    ] = None,
     window: Window = 4,
     local: Local = False,
     url: Url = DEFAULT_URL,
@@ -107,9 +118,10 @@ def cars(
     """Boxes in space and shapes of cars. The same command again goes on where it was stopped."""
     if driving_side not in ("right", "left"):
         raise InvalidRequest(f"--driving-side {driving_side!r}; use right or left")
+    from gesso_services.cli.annotated_sets import write_car_set
     from gesso_services.cli.annotation_items import ServerCars, car_items
 
-    options: Json = {"driving_side": driving_side, "meshes": meshes}
+    options: Json = {"driving_side": driving_side, "meshes": meshes, "occupancy": occupancy}
     wanted = [name.strip() for name in (frames or "").split(",") if name.strip()]
     items = car_items(path, wanted, prompts)
     if local:
@@ -119,7 +131,57 @@ def cars(
     else:
         with server(url, key) as gesso:
             counts = _run(output, ServerCars(gesso, options), {"cars": options}, items, window)
-    _end(counts, output, output / "label_2")
+    _end(counts, output, write_car_set(output, file_format))
+
+
+@app.command()
+@one_sentence
+def draw(
+    *,
+    prompt: Annotated[
+        str, typer.Argument(help="What to draw behind the sign; it may quote what the sign says.")
+    ],
+    words: Annotated[
+        list[str] | None, typer.Option(help="A line of the sign; may be repeated.")
+    ] = None,
+    n: Annotated[int, typer.Option("--count", "-n", "--n", min=1, max=16, help="Pictures.")] = 1,
+    output: Out = Path("drawn-signs"),
+    size: Annotated[str, typer.Option(help="WIDTHxHEIGHT of a picture.")] = "512x512",
+    seed: Annotated[int | None, typer.Option(min=0, help="The same seed, the same signs.")] = None,
+    generator: Annotated[
+        str | None, typer.Option(help="Who draws; see `gesso models list`.")
+    ] = None,
+    refine: Annotated[str | None, typer.Option(help="box, glyph or colour.")] = None,
+    min_score: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Characters below it are refused.")
+    ] = None,
+    url: Url = DEFAULT_URL,
+    key: Key = None,
+) -> None:
+    """Draw pictures, put a sign into each, label its characters: a COCO data set with its truth."""
+    from gesso_services.cli.annotated_sets import COCO
+    from gesso_services.cli.drawn_signs import words_of, write_signs
+
+    options: Json = {"n": n, "size": size, "seed": seed, "generator": generator}
+    options |= {"refine": refine, "min_score": min_score}
+    with server(url, key) as gesso:
+        with progress_bars() as bars:
+            line = bars.add_task("drawing", total=1, note="")
+
+            def show(step: Step) -> None:
+                bars.update(line, completed=step.progress)
+
+            made = gesso.draw_signs(
+                prompt, words_of(prompt, words or []), on_progress=show, **options
+            )
+        for path, sign in zip(write_signs(gesso, made, output), made["pictures"], strict=True):
+            told = f"{path}  seed {sign['seed']}  agreement {sign['agreement']:.3f}"
+            out.print(told, highlight=False, soft_wrap=True)
+    out.print(
+        f"{output / COCO}  mean agreement {made['agreement']:.3f} with the words as they were set",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @app.command(

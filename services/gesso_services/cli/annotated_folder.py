@@ -13,18 +13,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal, Protocol, TypeVar
 
-from gesso_core.errors import GessoError, InvalidRequest
+from gesso_core.errors import GessoError
 
 from gesso_services.client import NotReachable
+from gesso_services.client_labels import JobFailed
 from gesso_services.client_wire import Json
 
 SetFormat = Literal["coco", "textseg", "yolo", "label-studio"]
+CarFormat = Literal["kitti", "nuscenes", "openlabel", "sustech"]
 MANIFEST: Final = "manifest.jsonl"
 BUSY: Final = (429, 503)  # the server has no place now
 WAIT_S, PATIENCE_S = 1.0, 300.0
 KEY_CHARS: Final = 40
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class _Open:
 
 
 class Folder:
-    """One run over many items. Only the names of those under way are kept in memory.
+    """One run over many items, whose bytes are in memory only when it is their turn.
 
     Args:
         options: everything that changes the result; part of every key.
@@ -99,8 +102,9 @@ class Folder:
     def run(self, items: Iterable[Item]) -> Counts:
         """Annotate all of them. Only a server that is gone ends this early."""
         waiting, under_way = iter(items), deque[_Open]()
-        with (self.out / MANIFEST).open("a", encoding="utf-8") as manifest:
-            _end_line(manifest, self.out / MANIFEST)
+        path = self.out / MANIFEST
+        with path.open("a", encoding="utf-8", errors="backslashreplace") as manifest:
+            _end_line(manifest, path)
             for item in waiting:
                 begun = self._noted(manifest, item.name, partial(self._begin, item))
                 if isinstance(begun, _Open):
@@ -129,13 +133,15 @@ class Folder:
         made = self._noted(manifest, item.name, partial(self._finish, under_way), under_way)
         if not isinstance(made, Made):
             return
-        for name, data in made.files.items():
-            write(self.out / name, data)
         self.counts.done += 1
         self._note(manifest, _line(under_way, "done", files=sorted(made.files), **made.note))
 
     def _finish(self, under_way: _Open) -> Made:
-        return self.annotates.finish(under_way.item, under_way.item.parts(), under_way.name)
+        item = under_way.item
+        made = _patiently(lambda: self.annotates.finish(item, item.parts(), under_way.name))
+        for name, data in made.files.items():
+            write(self.out / name, data)
+        return made
 
     def _noted(
         self,
@@ -226,14 +232,14 @@ def _end_line(manifest: Any, path: Path) -> None:
             manifest.write("\n")
 
 
-def _patiently(begin: Callable[[], str]) -> str:
-    """Begin, again and again while the server has no place."""
+def _patiently(ask: Callable[[], T]) -> T:
+    """What the server answers, asked again and again while it has no place."""
     deadline = time.monotonic() + PATIENCE_S
     while True:
         try:
-            return begin()
+            return ask()
         except GessoError as error:
-            if isinstance(error, NotReachable | InvalidRequest) or error.status not in BUSY:
+            if isinstance(error, NotReachable | JobFailed) or error.status not in BUSY:
                 raise
             if time.monotonic() > deadline:
                 raise

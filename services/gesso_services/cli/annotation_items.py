@@ -1,6 +1,7 @@
 """What is annotated, and by whom: pictures with words, KITTI frames with prompts, and a server."""
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from gesso_core.annotate.char_sam.readers import (
+    IGNORED,
     load_json,
     read_coco_text,
     read_icdar,
@@ -15,6 +17,7 @@ from gesso_core.annotate.char_sam.readers import (
 )
 from gesso_core.annotate.char_sam.words import WordAnnotation
 from gesso_core.annotate.kitti.dataset import KittiFrame, open_folder
+from gesso_core.annotate.pictures import open_picture
 from gesso_core.errors import InvalidRequest
 
 from gesso_services.cli.annotated_folder import Item, Made
@@ -22,6 +25,7 @@ from gesso_services.client import Gesso
 from gesso_services.client_wire import Json
 
 PICTURES: Final = (".png", ".jpg", ".jpeg", ".webp")
+_UNFIT: Final = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 Words = Callable[[str], Sequence[WordAnnotation] | None]
 
 
@@ -55,17 +59,21 @@ def pictures_in(path: Path, apart_from: Path) -> list[Path]:
 def words_from(source: Path | None) -> Words:
     """Who knows the words of a picture: our words.json, a file of COCO-Text, or a folder with a
     text file of ICDAR per picture (``gt_NAME.txt`` or ``NAME.txt``). Without a source, nobody.
+
+    Words that are known without the folder of their picture go to one picture of that name alone.
     """
     if source is None:
         return lambda name: None
+    taken: dict[str, str] = {}
     if source.is_dir():
-        return partial(_icdar_words, source)
+        return partial(_icdar_words, source, taken)
     data = load_json(source)
     known = read_coco_text(data) if isinstance(data, dict) else read_words_json(data)
 
     def words(name: str) -> Sequence[WordAnnotation]:
         for key in (name, Path(name).name):
             if key in known:
+                _take(taken, key, name)
                 return known[key]
         raise InvalidRequest(f"{source} has no entry for {name}", field="words")
 
@@ -82,13 +90,13 @@ def car_items(path: Path, frames: Sequence[str], prompts: Path | None) -> Iterat
             f'{prompts} must be an object like {{"000001": [{{"box": [x0, y0, x1, y1]}}]}}',
             field="prompts",
         )
-    wanted = set(frames)
-    for frame in open_folder(path):
-        if not frames or frame.name in wanted:
-            wanted.discard(frame.name)
+    found = list(open_folder(path))
+    unknown = set(frames) - {frame.name for frame in found}
+    if unknown:
+        raise InvalidRequest(f"{path} has no frame {', '.join(sorted(unknown))}", field="frames")
+    for frame in found:
+        if not frames or frame.name in frames:
             yield Item(frame.name, partial(_car_parts, frame, given))
-    if wanted:
-        raise InvalidRequest(f"{path} has no frame {', '.join(sorted(wanted))}", field="frames")
 
 
 @dataclass(frozen=True)
@@ -123,10 +131,9 @@ class ServerCars:
         prompts = json.loads(parts["prompts"])
         if not prompts:
             return ""
-        calibration = parts["calibration"].decode("utf-8", errors="replace")
         begun = self.gesso.begin_cars(
             parts["image"],
-            calibration,
+            calibration_in(parts),
             prompts,
             parts.get("points"),
             name=f"{item.name}.png",
@@ -138,8 +145,8 @@ class ServerCars:
     def finish(self, item: Item, parts: Mapping[str, bytes], name: str) -> Made:
         """Wait for the labels, and fetch what there is to look at."""
         if not name:
-            return no_cars(item)
-        answer = self.gesso.labels(name)
+            return no_cars(item, parts)
+        answer = self.gesso.labels(name) | {"calibration": calibration_in(parts)}
         files = {
             f"label_2/{item.name}.txt": self.gesso.export(name, "kitti"),
             f"overlays/{item.name}.png": self.gesso.drawing(name, "overlay"),
@@ -147,6 +154,8 @@ class ServerCars:
         }
         if answer.get("meshes"):
             files[f"meshes/{item.name}.glb"] = self.gesso.drawing(name, "meshes")
+        if answer.get("occupancy"):
+            files[f"occupancy/{item.name}.ply"] = self.gesso.drawing(name, "occupancy")
         return cars_made(item, answer, files)
 
 
@@ -177,14 +186,30 @@ def text_made(item: Item, answer: Json, drawn: bytes) -> Made:
 
 def cars_made(item: Item, answer: Json, files: dict[str, bytes]) -> Made:
     """The files of one frame, and what became of its prompts."""
-    labels = {name: answer[name] for name in ("width", "height", "objects")}
+    kept = ("width", "height", "calibration", "objects")
+    labels = {name: answer[name] for name in kept}
     note = {name: answer[name] for name in ("cars", "refused", "flagged")}
     return Made(files | {f"labels/{item.name}.json": _json(labels)}, note)
 
 
-def no_cars(item: Item) -> Made:
+def no_cars(item: Item, parts: Mapping[str, bytes]) -> Made:
     """A frame without prompts: an empty label file."""
-    return Made({f"label_2/{item.name}.txt": b""}, {"cars": 0, "refused": {}, "flagged": {}})
+    height, width = open_picture(parts["image"]).shape[:2]
+    answer: Json = {
+        "width": width,
+        "height": height,
+        "calibration": calibration_in(parts),
+        "objects": [],
+        "cars": 0,
+        "refused": {},
+        "flagged": {},
+    }
+    return cars_made(item, answer, {f"label_2/{item.name}.txt": b""})
+
+
+def calibration_in(parts: Mapping[str, bytes]) -> str:
+    """The text of the calibration among the parts of a frame."""
+    return parts["calibration"].decode("utf-8", errors="replace")
 
 
 def words_in(parts: Mapping[str, bytes]) -> list[Json] | None:
@@ -196,6 +221,7 @@ def words_in(parts: Mapping[str, bytes]) -> list[Json] | None:
 
 
 def _text_parts(place: Path, name: str, words: Words) -> dict[str, bytes]:
+    _check_name(name)
     known, parts = words(name), {"image": place.read_bytes()}
     if known is not None:
         parts["words"] = _json([_word(word) for word in known])
@@ -203,24 +229,54 @@ def _text_parts(place: Path, name: str, words: Words) -> dict[str, bytes]:
 
 
 def _word(word: WordAnnotation) -> Json:
-    text = word.text if word.text.strip() else "###"  # whatever an ignored word says
+    nothing = word.ignore and not word.text.strip()
     return {
-        "text": text,
+        "text": IGNORED if nothing else word.text,
         "polygon": [list(point) for point in word.polygon],
         "script": word.script,
         "ignore": word.ignore,
     }
 
 
-def _icdar_words(folder: Path, name: str) -> list[WordAnnotation]:
+def _take(taken: dict[str, str], key: str, name: str) -> None:
+    """Note whose words these are; InvalidRequest when they are those of another picture."""
+    first = taken.setdefault(key, name)
+    if first != name:
+        raise InvalidRequest(
+            f"the words of {key} were taken for {first} already, so {name} has none; give pictures "
+            "names of their own, or words.json their folders",
+            field="words",
+        )
+
+
+def _icdar_words(folder: Path, taken: dict[str, str], name: str) -> list[WordAnnotation]:
     stem = Path(name).stem
     for place in (folder / f"gt_{stem}.txt", folder / f"{stem}.txt"):
         if place.is_file():
-            return read_icdar(place.read_text(encoding="utf-8-sig"))
+            _take(taken, place.name, name)
+            return _read_icdar(place)
     raise InvalidRequest(f"{folder} has neither gt_{stem}.txt nor {stem}.txt", field="words")
 
 
+def _read_icdar(place: Path) -> list[WordAnnotation]:
+    try:
+        return read_icdar(place.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(
+            f"{place} is not UTF-8 (byte {error.start}); save it in that encoding", field="words"
+        ) from error
+
+
+def _check_name(name: str) -> None:
+    """InvalidRequest for a name that no file of labels could carry, like bytes that are no text."""
+    if _UNFIT.search(name):
+        raise InvalidRequest(
+            f"{name!r} has control characters or bytes that are no UTF-8; rename it", field="name"
+        )
+
+
 def _car_parts(frame: KittiFrame, given: Mapping[str, Any] | None) -> dict[str, bytes]:
+    _check_name(frame.name)
     frame.calibration()  # a missing or malformed file is named before anything is sent
     parts = {
         "image": frame.picture_path.read_bytes(),
@@ -234,7 +290,13 @@ def _car_parts(frame: KittiFrame, given: Mapping[str, Any] | None) -> dict[str, 
 
 def _prompts(frame: KittiFrame, given: Mapping[str, Any] | None) -> list[Json]:
     if given is not None:
-        return list(given.get(frame.name, []))
+        prompts = given.get(frame.name, [])
+        if not isinstance(prompts, list):
+            raise InvalidRequest(
+                f"the prompts of {frame.name} are {prompts!r:.80}; expected a list of them",
+                field="prompts",
+            )
+        return prompts
     from gesso_core.annotate.slf.prior import PRIORS  # with torch, which words do without
 
     return [{"box": list(car.box2d)} for car in frame.labels() if car.kind in PRIORS]

@@ -6,7 +6,7 @@ Every sentence names the field of the request, list indices included.
 import asyncio
 from collections.abc import Sequence
 
-from gesso_contracts import AnnotateCars, AnnotateText, CarPrompt, PromptSpec, WordSpec
+from gesso_contracts import AnnotateCars, AnnotateText, CarPrompt, PromptSpec, WordSpec, limits
 from gesso_contracts.annotations import Box, Point
 from gesso_contracts.base import Message
 from gesso_contracts.blobs import Inline, Payload
@@ -53,6 +53,12 @@ def read_calibration(data: bytes, field: str = "calibration") -> str:
             "lines P2, R0_rect and Tr_velo_to_cam",
             field=field,
         ) from error
+    if not 0 < len(text) <= limits.CALIBRATION_CHARS:
+        raise InvalidRequest(
+            f"this file has {len(text):,} characters, a calib file has 1 to "
+            f"{limits.CALIBRATION_CHARS:,}; send the one of the frame",
+            field=field,
+        )
     check_calibration(text, field)
     return text
 

@@ -1,6 +1,7 @@
 """Bodies of ``/v1/annotations``: forms that carry a picture, and what comes back.
 
-A field that is a list (prompts, words) is JSON inside the form.
+A field that is a list (prompts, words) is JSON inside the form. What is to be drawn brings no
+picture along and is JSON altogether.
 """
 
 from typing import Annotated, Literal
@@ -12,14 +13,16 @@ from gesso_contracts import (
     CarOutcome,
     CarPrompt,
     PromptSpec,
+    Provenance,
     SegmentedMask,
     TextSummary,
-    WordSpec,
     limits,
 )
-from gesso_contracts.annotations import DrivingSide, Refine, Share
-from gesso_contracts.base import ModelName
+from gesso_contracts.annotations import DrivingSide, Refine, Share, SignWord, Voxel, Words
+from gesso_contracts.base import ModelName, Prompt
 from pydantic import BaseModel, ConfigDict, Field, Json
+
+from gesso_services.gateway.schemas import Body, Size
 
 WAIT = "answer when it is done; else at once, with the job and 202"
 
@@ -50,7 +53,7 @@ class SegmentForm(AnnotationForm):
 class TextForm(AnnotationForm):
     """``POST /v1/annotations/text``: words to the masks of their characters."""
 
-    words: Json[Annotated[list[WordSpec], Field(max_length=limits.MAX_WORDS)] | None] = Field(
+    words: Json[Words | None] = Field(
         None,
         description="JSON list of {text, polygon, script?, ignore?}; left out: a reader finds them",
     )
@@ -74,6 +77,33 @@ class CarsForm(AnnotationForm):
     )
     driving_side: DrivingSide = "right"
     meshes: bool = Field(False, description="also the fitted surfaces, as GLB")
+    occupancy: Voxel | None = Field(
+        None, description="also the filled voxels of this size in metres, as PLY points"
+    )
+    wait: bool = Field(True, description=WAIT)
+
+
+class DrawBody(Body):
+    """``POST /v1/annotations/draw``: signs drawn, written on and labelled."""
+
+    prompt: Prompt = Field(description="what is drawn behind the sign")
+    words: list[SignWord] = Field(
+        min_length=1, max_length=limits.MAX_SIGN_WORDS, description="what the sign says, by line"
+    )
+    n: int = Field(1, ge=1, le=limits.MAX_SIGNS, description="picture i has seed + i")
+    seed: int | None = Field(
+        None,
+        ge=0,
+        lt=limits.SEED_LIMIT - limits.MAX_SIGNS,
+        description="drawn by the gateway when left out",
+    )
+    size: Size = "auto"
+    generator: ModelName | None = Field(
+        None, description="a model of the diffusion service; default: the one that draws by default"
+    )
+    model: ModelName | None = Field(None, description="who labels; default: the first that can")
+    refine: Refine = "colour"
+    min_score: Share = Field(0.3, description="characters below it are refused")
     wait: bool = Field(True, description=WAIT)
 
 
@@ -85,7 +115,7 @@ class SegmentAnswer(BaseModel):
     model: str
     width: int
     height: int
-    cached: bool = Field(description="had the picture been looked at before?")
+    cached: bool = Field(description="nothing had to be looked at anew")
     masks: list[SegmentedMask]
 
 
@@ -120,4 +150,39 @@ class CarsAnnotation(Annotation):
     cars: int
     birds_eye: str = Field(description="path of the scene from above")
     meshes: str | None = Field(None, description="path of the surfaces")
+    occupancy: str | None = Field(None, description="path of the filled voxels")
     objects: list[CarOutcome]
+
+
+class SignAnnotation(BaseModel):
+    """One picture with its sign. Paths are those of this server."""
+
+    index: int
+    name: str = Field(description="of its file in exports")
+    seed: int
+    job: str = Field(description="that drew what is behind the sign")
+    image: str
+    overlay: str
+    truth: str = Field(description="path of the index mask of the characters as they were set")
+    agreement: float = Field(description="foreground IoU of the labels with the truth")
+    summary: TextSummary
+    words: list[AnnotatedWord]
+
+
+class SignsAnnotation(BaseModel):
+    """Signs that were drawn and labelled."""
+
+    object: Literal["annotation.signs"] = "annotation.signs"
+    id: str = Field(description="of the job behind it")
+    created: int = Field(description="Unix seconds")
+    width: int
+    height: int
+    words: list[str]
+    text: Literal["composed"] = Field(
+        description="the words were set by a font and put into the pictures; no model drew them"
+    )
+    agreement: float = Field(description="mean over the pictures")
+    exports: dict[str, str] = Field(description="paths of the files, by format")
+    generator: Provenance = Field(description="what drew the pictures")
+    provenance: AnnotationProvenance = Field(description="what made the labels")
+    pictures: list[SignAnnotation]

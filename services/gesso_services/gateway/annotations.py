@@ -19,6 +19,7 @@ from gesso_contracts import (
     JobState,
     Segmented,
     SegmentPrompts,
+    SignsDrawn,
     TextAnnotated,
     TextLabels,
     limits,
@@ -50,7 +51,8 @@ PATH: Final = "/v1/annotations"
 TEXT: Final = "annotate-text"
 CARS: Final = "annotate-cars"
 GLB: Final = "model/gltf-binary"
-PARTS: Final = (*results.PICTURE_TYPES, GLB)
+PARTS: Final = (*results.PICTURE_TYPES, GLB, results.OPAQUE)
+Part = Literal["overlay", "birds-eye", "meshes", "occupancy"]
 MULTIPART: Final = "multipart/form-data"
 router = APIRouter(tags=["annotations"])
 M = TypeVar("M", bound=Message)
@@ -129,7 +131,7 @@ async def annotate_text(
             min_score=body.min_score,
         )
     order = _order(served.service, TEXT, message, caller, idempotency_key)
-    return await _deliver(request, fabric, order, wait=body.wait)
+    return await deliver(request, fabric, order, wait=body.wait)
 
 
 @router.post(
@@ -168,9 +170,10 @@ async def annotate_cars(
             prompts=body.prompts,
             driving_side=body.driving_side,
             meshes=body.meshes,
+            occupancy=body.occupancy,
         )
     order = _order(served.service, CARS, message, caller, idempotency_key)
-    return await _deliver(request, fabric, order, wait=body.wait)
+    return await deliver(request, fabric, order, wait=body.wait)
 
 
 @router.get(
@@ -178,10 +181,10 @@ async def annotate_cars(
     response_class=Response,
     responses=documented(401, 404, 409, 422, 429, 500, 503, ok={"content": results.binary(*PARTS)}),
 )
-async def get_part(
-    job_id: JobId, part: Literal["overlay", "birds-eye", "meshes"], _: Caller, fabric: Here
-) -> Response:
-    """A picture of a finished annotation, or the surfaces of its cars as GLB."""
+async def get_part(job_id: JobId, part: Part, _: Caller, fabric: Here) -> Response:
+    """A picture of a finished annotation, or the surfaces of its cars as GLB, or the voxels that
+    they fill as PLY.
+    """
     made = _made(await results.finished(fabric, job_id))
     ref: BlobRef | None = getattr(made, part.replace("-", "_"), None)
     if ref is None:
@@ -202,6 +205,7 @@ async def get_part(
         503,
         ok={"content": results.binary(exports.JSON, exports.ZIP, exports.PLAIN)},
     ),
+    dependencies=[Depends(open_place)],
 )
 async def export(
     job_id: JobId,
@@ -209,7 +213,7 @@ async def export(
         exports.ExportFormat,
         Query(
             alias="format",
-            description=f"text: {', '.join(exports.TEXT_FORMATS)}; "
+            description=f"text and drawn signs: {', '.join(exports.TEXT_FORMATS)}; "
             f"cars: {', '.join(exports.CAR_FORMATS)}",
         ),
     ],
@@ -228,10 +232,7 @@ async def export(
             f"use {' or '.join(known)}",
             field="format",
         )
-    picture = exports.Picture.named(
-        made.name, job_id, await fabric.blobs.read(made.image), made.image.media_type
-    )
-    file = await _file(fabric, made, picture, wanted)
+    file = await _file(fabric, made, job_id, wanted)
     return Response(
         file.data,
         media_type=file.media_type,
@@ -241,10 +242,15 @@ async def export(
 
 async def _file(
     fabric: Fabric,
-    made: TextAnnotated | CarsAnnotated,
-    picture: exports.Picture,
+    made: TextAnnotated | CarsAnnotated | SignsDrawn,
+    job_id: str,
     wanted: exports.ExportFormat,
 ) -> exports.File:
+    if isinstance(made, SignsDrawn):
+        signs = await annotation_results.labelled_signs(fabric, made)
+        return await asyncio.to_thread(exports.signs_file, signs, made, job_id, wanted)
+    data = await fabric.blobs.get(made.image)
+    picture = exports.Picture.named(made.name, job_id, data, made.image.media_type)
     if isinstance(made, CarsAnnotated):
         cars = await annotation_results.labels_of(fabric, made.labels, CarLabels)
         return await asyncio.to_thread(exports.cars_file, cars, made.kitti, picture, wanted)
@@ -255,7 +261,7 @@ async def _file(
 def file_name(upload: UploadFile) -> str | None:
     """The name of an uploaded file without its folders; None where nothing is left of it."""
     name = PureWindowsPath(PurePosixPath(upload.filename or "").name).name
-    name = re.sub(r"[\x00-\x1f]", "", name)[-limits.FILE_NAME_CHARS :]
+    name = re.sub(r"[\x00-\x1f\x7f]", "", name)[-limits.FILE_NAME_CHARS :]
     return name if name.strip(". ") else None
 
 
@@ -265,9 +271,11 @@ def _to_keep(name: str) -> str:
     return f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(name)}"
 
 
-def _made(state: JobState) -> TextAnnotated | CarsAnnotated:
+def _made(state: JobState) -> TextAnnotated | CarsAnnotated | SignsDrawn:
     if state.kind == CARS:
         return orders.result_of(state, CarsAnnotated)
+    if state.result_schema == SignsDrawn.schema_name():
+        return orders.result_of(state, SignsDrawn)
     return orders.result_of(state, TextAnnotated)
 
 
@@ -276,7 +284,7 @@ def _order(service: str, kind: str, message: M, caller: str, key: str | None) ->
     return Order(service=service, kind=kind, jobs=((name, message),), lasting=key is not None)
 
 
-async def _deliver(request: Request, fabric: Fabric, order: Order[Message], *, wait: bool) -> Any:
+async def deliver(request: Request, fabric: Fabric, order: Order[Message], *, wait: bool) -> Any:
     """The labels, or the job that makes them."""
     if wait:
         done = await orders.while_connected(request, orders.fulfil(fabric, order))

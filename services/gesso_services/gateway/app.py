@@ -15,6 +15,7 @@ from fastapi.responses import FileResponse
 from starlette.staticfiles import StaticFiles
 
 from gesso_services.gateway import (
+    annotation_drawn,
     annotations,
     chat,
     health,
@@ -78,6 +79,7 @@ def create_app(
         chat.router,
         judgements.router,
         annotations.router,
+        annotation_drawn.router,
         label_studio.router,
         jobs.router,
     ):
@@ -106,6 +108,7 @@ def _equip(app: FastAPI, settings: GatewaySettings, bus_settings: BusSettings) -
             judgements.PATH: settings.max_conversation_bytes,
             annotations.PATH: settings.max_upload_bytes,
             label_studio.PREDICT: settings.max_conversation_bytes,
+            label_studio.WEBHOOK: settings.max_conversation_bytes,
         },
     )
 

@@ -53,6 +53,7 @@ WORK: Final[Mapping[str, Work]] = {
     "segment": Work("segmentation", "cut out what a click or a box points at"),
     "annotate-text": Work("text-annotation", "label the characters of words"),
     "annotate-cars": Work("car-annotation", "label cars"),
+    "draw-signs": Work("text-annotation", "label the signs that are drawn"),
 }
 HOMES: Final[Mapping[str, Home]] = {
     "diffusion": Home(("sana",), ("text-to-image",)),

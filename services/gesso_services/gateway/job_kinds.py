@@ -7,6 +7,7 @@ from gesso_contracts import (
     AnnotateCars,
     AnnotateText,
     AnswerTurn,
+    DrawSigns,
     GenerateImage,
     GenerateVideo,
     VaryImage,
@@ -72,6 +73,13 @@ class AnnotateCarsJob(Body):
     request: Annotated[AnnotateCars, _strict(AnnotateCars)]
 
 
+class DrawSignsJob(Body):
+    """Signs drawn, written on and labelled."""
+
+    kind: Literal["draw-signs"]
+    request: Annotated[DrawSigns, _strict(DrawSigns)]
+
+
 def _tag(value: Any) -> str:
     """In brackets, so that it is not taken for the name of a field where an error is told."""
     kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
@@ -84,11 +92,12 @@ AnyJob = Annotated[
     | Annotated[GenerateVideoJob, Tag("<generate-video>")]
     | Annotated[AnswerJob, Tag("<answer>")]
     | Annotated[AnnotateTextJob, Tag("<annotate-text>")]
-    | Annotated[AnnotateCarsJob, Tag("<annotate-cars>")],
+    | Annotated[AnnotateCarsJob, Tag("<annotate-cars>")]
+    | Annotated[DrawSignsJob, Tag("<draw-signs>")],
     Discriminator(
         _tag,
         custom_error_type="unknown_kind",
         custom_error_message="kind must be 'generate-image', 'vary-image', 'generate-video', "
-        "'answer', 'annotate-text' or 'annotate-cars'",
+        "'answer', 'annotate-text', 'annotate-cars' or 'draw-signs'",
     ),
 ]

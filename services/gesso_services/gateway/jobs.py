@@ -9,6 +9,7 @@ from gesso_contracts import (
     AnnotateCars,
     AnnotateText,
     AnswerTurn,
+    DrawSigns,
     GenerateImage,
     ImagePart,
     JobState,
@@ -21,7 +22,7 @@ from gesso_contracts.base import JobId, Message
 from gesso_contracts.conversations import Part
 from gesso_core.errors import GessoError
 
-from gesso_services.gateway import annotation_door, results, streams
+from gesso_services.gateway import annotation_door, annotation_drawn, results, streams
 from gesso_services.gateway.admission import Door
 from gesso_services.gateway.auth import Caller
 from gesso_services.gateway.catalog import Models, check_size
@@ -65,6 +66,8 @@ async def submit_job(
     served = await models.find(body.kind, wanted.model)
     if isinstance(wanted, GenerateImage):
         check_size(served.entry, wanted.width, wanted.height)
+    if isinstance(wanted, DrawSigns):
+        await annotation_drawn.find_generator(models, wanted.generator, "request.generator")
     async with door.admitted(served.service):
         message = await _looked_at(wanted, Intake(fabric, inline_bytes=INLINE_BYTES_PER_JOB))
     state, new = await fabric.jobs.submit(served.service, body.kind, message, job_id=job_id)

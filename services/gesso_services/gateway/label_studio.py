@@ -2,59 +2,47 @@
 
 Give ``http://<this server>/label-studio`` as the URL of a model. A task is answered with the words
 and characters of its picture, by the same jobs as ``/v1/annotations/text``; a click or a box of a
-smart tool with what it points at. A task has to carry its picture as a ``data:`` URL: this server
-opens no other address, and uses none of the access tokens that Label Studio sends.
+smart tool with what it points at. Access tokens that Label Studio sends are not used.
+
+One bad picture costs nothing but its own labels: it gets a prediction without regions and the
+reason. What this server could not do in time, or not at all, gets the reason and no prediction:
+Label Studio keeps the others and asks for this one again.
 """
 
 import asyncio
 import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
 
 from fastapi import APIRouter, Depends, Request, Response
-from gesso_contracts import (
-    AnnotateText,
-    JobState,
-    PromptSpec,
-    Segmented,
-    SegmentPrompts,
-    TextAnnotated,
-    TextLabels,
-    limits,
-)
-from gesso_core.annotate.char_sam.label_studio import pack_brush, regions
-from gesso_core.annotate.masks import decode_mask
-from gesso_core.errors import InvalidRequest
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from gesso_contracts import AnnotateText, TextAnnotated, TextLabels
+from gesso_core.annotate.char_sam.label_studio import least_score, regions
+from gesso_core.errors import GessoError, InvalidRequest
+from pydantic import BaseModel, Field, JsonValue
 
 from gesso_services.annotation_labels import picture_result
-from gesso_services.gateway import annotation_door, annotation_results, orders
-from gesso_services.gateway.admission import Door
+from gesso_services.gateway import annotation_results, orders
+from gesso_services.gateway.admission import Admission, Door
 from gesso_services.gateway.auth import basic_caller
 from gesso_services.gateway.catalog import Models, Served
 from gesso_services.gateway.fabric import Fabric, Here
-from gesso_services.gateway.labeling_config import LabelingConfig, read_config
+from gesso_services.gateway.label_studio_clicks import Context, Incoming, cut_out
+from gesso_services.gateway.label_studio_files import TaskPictures
+from gesso_services.gateway.labeling_config import Control, LabelingConfig, read_config
 from gesso_services.gateway.orders import Order
-from gesso_services.gateway.problems import documented
-from gesso_services.gateway.uploads import (
-    INLINE_BYTES_PER_CALL,
-    INLINE_BYTES_PER_JOB,
-    Intake,
-    from_data_url,
-)
-from gesso_services.runtime import rpc
+from gesso_services.gateway.problems import EdgeError, documented
+from gesso_services.gateway.uploads import INLINE_BYTES_PER_JOB, Intake
 
 PATH: Final = "/label-studio"
 PREDICT: Final = f"{PATH}/predict"
+WEBHOOK: Final = f"{PATH}/webhook"
 KIND: Final = "annotate-text"
+AT_ONCE: Final = 8  # pictures of one call that are in work
+MOST_TASKS: Final = 10_000  # Label Studio sends all that a person has chosen in one call
 Caller = Annotated[str, Depends(basic_caller)]
 router = APIRouter(prefix=PATH, tags=["label studio"])
 ConfigText = Annotated[str, Field(max_length=100_000)]
-
-
-class Incoming(BaseModel):
-    """What Label Studio sends; its versions differ in what more they send."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
 
 
 class Setup(Incoming):
@@ -67,21 +55,9 @@ class Task(Incoming):
     """One picture to label."""
 
     id: JsonValue = None
-    data: dict[str, JsonValue] = Field(description="the picture as a data: URL")
-
-
-class Region(Incoming):
-    """What a person drew with a smart tool; numbers are percent of the picture."""
-
-    type: str = ""
-    value: dict[str, JsonValue] = Field(default_factory=dict)
-    is_positive: bool = True
-
-
-class Context(Incoming):
-    """The tools that a person used on the one task."""
-
-    result: list[Region] = Field(default_factory=list, max_length=limits.MAX_POINTS)
+    data: dict[str, JsonValue] = Field(
+        description="the picture: a data: URL, or a file that both servers see"
+    )
 
 
 class Parameters(Incoming):
@@ -93,7 +69,7 @@ class Parameters(Incoming):
 class Predict(Incoming):
     """Tasks that want predictions."""
 
-    tasks: list[Task] = Field(min_length=1, max_length=limits.MAX_LIST)
+    tasks: list[Task] = Field(min_length=1, max_length=MOST_TASKS)
     label_config: ConfigText
     params: Parameters | None = None
 
@@ -112,17 +88,30 @@ class ModelVersion(BaseModel):
 
 
 class Prediction(BaseModel):
-    """The regions of one task."""
+    """The regions of one task; ``error`` tells why a picture could have none."""
 
     model_version: str
-    score: float
+    score: float = Field(ge=0, le=1)
     result: list[dict[str, JsonValue]]
+    error: str | None = None
+
+
+class Unanswered(BaseModel):
+    """No prediction, and why; Label Studio writes that into its log and asks again."""
+
+    error: str
 
 
 class Predictions(ModelVersion):
-    """One prediction per task, in their order."""
+    """One answer per task, in their order."""
 
-    results: list[Prediction]
+    results: list[Prediction | Unanswered]
+
+
+class Heard(BaseModel):
+    """Nothing is learned from what people label."""
+
+    status: Literal["ignored"] = "ignored"
 
 
 @router.get("/health")
@@ -138,9 +127,16 @@ async def setup(_: Caller, body: Setup, models: Models) -> ModelVersion:
     return ModelVersion(model_version=(await models.find(KIND, None)).name)
 
 
+@router.post("/webhook", responses=documented(413, 429, 500))
+async def webhook() -> Heard:
+    """Label Studio tells every model of its projects what people do; nothing follows from it."""
+    return Heard()
+
+
 @router.post(
     "/predict",
     response_model=Predictions,
+    response_model_exclude_none=True,
     responses=documented(400, 401, 404, 409, 413, 422, 429, 500, 503, 504, 507),
 )
 async def predict(
@@ -148,37 +144,113 @@ async def predict(
 ) -> Any:
     """Label the pictures of all tasks; with `params.context`, cut out what the tools point at."""
     config = read_config(body.label_config, "label_config")
+    pictures = TaskPictures.of(fabric.settings)
     with door.place(caller):
-        if body.params and body.params.context and body.params.context.result:
-            return await _pointed_at(body, body.params.context, config, fabric, models)
+        context = body.params and body.params.context
+        if context and context.result:
+            served = await models.find("segment", None)
+            field = _field(0, config)
+            data = await pictures.read(_address(body.tasks[0], config, field), field)
+            region = await cut_out(data, field, context, config, served, fabric)
+            return Predictions(model_version=served.name, results=[_prediction(served, [region])])
         served = await models.find(KIND, None)
-        if not config.labels & {"word", "character"}:
-            return _predictions(served, [[] for _ in body.tasks])
-        async with door.admitted(served.service, len(body.tasks)):
-            order = await _order(body, config, served, fabric)
-        states = await orders.while_connected(request, orders.fulfil(fabric, order))
-        if states is None:
+        control = config.for_text
+        if control is None:
+            return Predictions(
+                model_version=served.name, results=[_prediction(served, []) for _ in body.tasks]
+            )
+        labeller = _Labeller(fabric, door, served, config, control, pictures)
+        answers = await orders.while_connected(request, labeller.all(body.tasks))
+        if answers is None:
             return Response(status_code=499)
-        found = [await _regions(fabric, state, config) for state in states]
-        return _predictions(served, found)
+        return Predictions(model_version=served.name, results=answers)
 
 
-async def _order(
-    body: Predict, config: LabelingConfig, served: Served, fabric: Fabric
-) -> Order[AnnotateText]:
-    name, pictures = f"label-{uuid.uuid4().hex}", []
-    for index, task in enumerate(body.tasks):
-        intake = Intake(fabric, inline_bytes=INLINE_BYTES_PER_JOB)
-        field = f"tasks.{index}.data.{config.key}"
-        pictures.append(await intake.picture(_picture(task, config, field), field))
-    jobs = tuple(
-        (f"{name}-{index}", AnnotateText(model=served.name, image=picture))
-        for index, picture in enumerate(pictures)
-    )
-    return Order(service=served.service, kind=KIND, jobs=jobs, lasting=False)
+@dataclass(frozen=True)
+class _Labeller:
+    """Labels the pictures of one call, each for itself."""
+
+    fabric: Fabric
+    door: Admission
+    served: Served
+    config: LabelingConfig
+    control: Control
+    pictures: TaskPictures
+
+    async def all(self, tasks: list[Task]) -> list[Prediction | Unanswered]:
+        """An answer per task; raises only what kept all of them from being answered."""
+        slots = asyncio.Semaphore(AT_ONCE)
+        work = [
+            asyncio.create_task(self._one(index, task, slots)) for index, task in enumerate(tasks)
+        ]
+        try:
+            await asyncio.wait(work, timeout=self.fabric.settings.label_studio_deadline_s)
+        finally:
+            for one in work:
+                one.cancel()  # what is under way takes its job back, which nobody waits for
+            self.fabric.in_background(_settle(work))
+        found = [one.result() if one.done() else self._late() for one in work]
+        failures = [one for one in found if isinstance(one, GessoError)]
+        if len(failures) == len(found):
+            raise failures[0]
+        return [
+            Unanswered(error=one.message) if isinstance(one, GessoError) else one for one in found
+        ]
+
+    async def _one(
+        self, index: int, task: Task, slots: asyncio.Semaphore
+    ) -> Prediction | GessoError:
+        try:
+            async with slots:
+                return _prediction(self.served, await self._regions(index, task))
+        except InvalidRequest as error:
+            reason = f"{error.field}: {error.message}" if error.field else error.message
+            return _prediction(self.served, [], reason)
+        except GessoError as error:
+            return error
+
+    def _late(self) -> EdgeError:
+        return EdgeError(
+            504,
+            "deadline_exceeded",
+            "the picture was not labelled within "
+            f"{self.fabric.settings.label_studio_deadline_s:g} s; what is done counts, so ask "
+            "again for the rest",
+        )
+
+    async def _regions(self, index: int, task: Task) -> list[dict[str, Any]]:
+        field = _field(index, self.config)
+        data = await self.pictures.read(_address(task, self.config, field), field)
+        async with self.door.admitted(self.served.service):
+            intake = Intake(self.fabric, inline_bytes=INLINE_BYTES_PER_JOB)
+            message = AnnotateText(model=self.served.name, image=await intake.picture(data, field))
+        name = f"label-{uuid.uuid4().hex}"
+        order = Order(
+            service=self.served.service, kind=KIND, jobs=((name, message),), lasting=False
+        )
+        (state,) = await orders.fulfil(self.fabric, order)
+        made = orders.result_of(state, TextAnnotated)
+        labels = await annotation_results.labels_of(self.fabric, made.labels, TextLabels)
+        return await asyncio.to_thread(_drawn, labels, self.control, self.config.to_name)
 
 
-def _picture(task: Task, config: LabelingConfig, field: str) -> bytes:
+async def _settle(work: Sequence["asyncio.Future[Prediction | GessoError]"]) -> None:
+    """Until the last of them has ended; whatever they raise now is of no interest."""
+    await asyncio.gather(*work, return_exceptions=True)
+
+
+def _drawn(labels: TextLabels, control: Control, to_name: str) -> list[dict[str, Any]]:
+    """The regions whose label the project has."""
+    result = picture_result(labels)
+    found = regions(result, shape=control.shape, from_name=control.name, to_name=to_name)
+    return [one for one in found if set(one["value"][one["type"]]) <= control.labels]
+
+
+def _field(index: int, config: LabelingConfig) -> str:
+    return f"tasks.{index}.data.{config.key}"
+
+
+def _address(task: Task, config: LabelingConfig, field: str) -> str:
     address = task.data.get(config.key)
     if not isinstance(address, str):
         raise InvalidRequest(
@@ -186,120 +258,11 @@ def _picture(task: Task, config: LabelingConfig, field: str) -> bytes:
             "its picture; send a base64 data: URL",
             field=field,
         )
-    return from_data_url(address, field)
+    return address
 
 
-async def _regions(fabric: Fabric, state: JobState, config: LabelingConfig) -> list[dict[str, Any]]:
-    made = orders.result_of(state, TextAnnotated)
-    labels = await annotation_results.labels_of(fabric, made.labels, TextLabels)
-    return await asyncio.to_thread(_drawn, labels, config)
-
-
-def _drawn(labels: TextLabels, config: LabelingConfig) -> list[dict[str, Any]]:
-    """The regions whose label the project has."""
-    found = regions(
-        picture_result(labels),
-        shape=config.shape,
-        from_name=config.from_name,
-        to_name=config.to_name,
-    )
-    return [one for one in found if set(one["value"][one["type"]]) <= config.labels]
-
-
-async def _pointed_at(
-    body: Predict, context: Context, config: LabelingConfig, fabric: Fabric, models: Models
-) -> Predictions:
-    """A brush region for the clicks and boxes of a person, on the first task."""
-    if config.shape != "brush":
-        raise InvalidRequest(
-            "a smart tool is answered with a brush mask, and the labelling interface has no "
-            "BrushLabels on the picture; add them",
-            field="label_config",
-        )
-    served = await models.find("segment", None)
-    field = f"tasks.0.data.{config.key}"
-    data = _picture(body.tasks[0], config, field)
-    intake = Intake(fabric, inline_bytes=INLINE_BYTES_PER_CALL)
-    size = await intake.measure(data, field)
-    prompt = _prompt(context, size)
-    annotation_door.check_prompts([prompt], size, "params.context.result")
-    question = SegmentPrompts(
-        model=served.name, image=await intake.pack_picture(data, field), prompts=[prompt]
-    )
-    made = await rpc.call(
-        fabric.bus,
-        served.service,
-        "segment",
-        question,
-        Segmented,
-        timeout=fabric.settings.deadline_s,
-    )
-    region = await asyncio.to_thread(_brush, made, _label(context, config), config)
-    return _predictions(served, [[region]])
-
-
-def _prompt(context: Context, size: tuple[int, int]) -> PromptSpec:
-    """All tools of one person as one prompt: key points, and at most one rectangle."""
-    height, width = size
-    points: list[tuple[float, float]] = []
-    signs: list[Literal[0, 1]] = []
-    box = None
-    for index, region in enumerate(context.result):
-        field = f"params.context.result.{index}.value"
-        x, y = (_percent(region, side, field) for side in "xy")
-        x, y = x * width / 100, y * height / 100
-        if region.type.startswith("rectangle"):
-            wide, high = (_percent(region, side, field) for side in ("width", "height"))
-            box = (x, y, x + max(wide * width / 100, 1), y + max(high * height / 100, 1))
-        else:
-            points.append((x, y))
-            signs.append(1 if region.is_positive else 0)
-    return PromptSpec(box=box, points=points, labels=signs)
-
-
-def _percent(region: Region, side: str, field: str) -> float:
-    value = region.value.get(side)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 100:
-        raise InvalidRequest(
-            f"{side} is {value!r}; a smart tool gives percent of the picture, 0 to 100",
-            field=f"{field}.{side}",
-        )
-    return float(value)
-
-
-def _label(context: Context, config: LabelingConfig) -> list[str]:
-    """The label that the person chose, where the brush has it."""
-    chosen = context.result[0].value.get(context.result[0].type)
-    labels = chosen if isinstance(chosen, list) else []
-    return [label for label in labels if isinstance(label, str) and label in config.labels][:1]
-
-
-def _brush(made: Segmented, label: list[str], config: LabelingConfig) -> dict[str, Any]:
-    found = made.masks[0]
-    mask_HW = decode_mask({"size": list(found.mask.size), "counts": found.mask.counts})
-    return {
-        "id": uuid.uuid4().hex[:10],
-        "type": "brushlabels",
-        "from_name": config.from_name,
-        "to_name": config.to_name,
-        "original_width": made.width,
-        "original_height": made.height,
-        "image_rotation": 0,
-        "score": found.predicted_iou,
-        "value": {"format": "rle", "rle": pack_brush(mask_HW), "brushlabels": label},
-    }
-
-
-def _predictions(served: Served, found: list[list[dict[str, Any]]]) -> Predictions:
-    """Scores are those of the least sure region: that task wants a person first."""
-    return Predictions(
-        model_version=served.name,
-        results=[
-            Prediction(
-                model_version=served.name,
-                score=min((float(region["score"]) for region in drawn), default=0.0),
-                result=drawn,
-            )
-            for drawn in found
-        ],
-    )
+def _prediction(
+    served: Served, drawn: list[dict[str, Any]], error: str | None = None
+) -> Prediction:
+    score = least_score(drawn)
+    return Prediction(model_version=served.name, score=score, result=drawn, error=error)

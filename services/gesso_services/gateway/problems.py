@@ -144,7 +144,9 @@ async def _on_invalid_request(_: Request, error: Exception) -> JSONResponse:
     # In brackets stands which of several kinds of object was meant; that is no field.
     field = ".".join(str(name) for name in names if not str(name).startswith("<"))
     where = f"{place} field {field!r}" if field else f"the {place}"
-    sentence = f"{where}: {_lower_first(first['msg'])}; given {shorten(first['input'])}"
+    sentence = f"{where}: {_lower_first(first['msg'])}"
+    if first["type"] != "missing":  # there, the input is all that was given beside it
+        sentence += f"; given {shorten(first['input'])}"
     return problem_response(make_problem(422, "invalid_request", sentence, field=field or None))
 
 
@@ -155,7 +157,9 @@ async def _on_http_exception(request: Request, error: Exception) -> JSONResponse
         method=request.method, path=request.url.path, detail=error.detail
     )
     if status == 400:
-        sentence = f"{error.detail}; send UTF-8 JSON, or multipart/form-data where a file goes"
+        sentence = (
+            f"{error.detail.rstrip('.')}; send UTF-8 JSON, or multipart/form-data where a file goes"
+        )
     headers = {"Allow": _allowed_methods(request)} if status == 405 else error.headers
     code = HTTPStatus(status).phrase.lower().replace(" ", "_").replace("-", "_")
     return problem_response(make_problem(status, code, sentence), headers)

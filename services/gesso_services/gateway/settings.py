@@ -1,5 +1,7 @@
 """Settings of the HTTP edge, read from the environment once."""
 
+from pathlib import Path
+
 from gesso_contracts.limits import KIB, MIB
 from pydantic import AliasChoices, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -45,6 +47,16 @@ class GatewaySettings(BaseSettings):
     )
     max_requests_per_key: int = Field(
         default=256, ge=1, description="generations of one key at once"
+    )
+
+    label_studio_uploads: Path | None = Field(
+        default=None, description="where Label Studio keeps what it calls /data/upload/"
+    )
+    label_studio_local_files: Path | None = Field(
+        default=None, description="the root of what Label Studio calls /data/local-files/?d="
+    )
+    label_studio_deadline_s: float = Field(
+        default=90.0, gt=0, description="Label Studio waits 100 s, its ML_TIMEOUT_PREDICT"
     )
 
     def keys(self) -> list[str]:

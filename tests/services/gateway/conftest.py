@@ -53,7 +53,7 @@ class Gateway:
     """One copy of the gateway under uvicorn."""
 
     def __init__(self, loop: Loop, server: NatsServer, settings: GatewaySettings) -> None:
-        self.loop = loop
+        self.loop, self.broker = loop, server
         self.app = create_app(settings, server.bus_settings())
         # asyncio turns Nagle's delay off only where the protocol is named.
         self.socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -227,6 +227,21 @@ def annotator(
     required = {"required_services": ("annotation",)}
     with start_services(folder, lambda: [annotation_spec(reader=True)], **required) as gateway:
         yield gateway
+
+
+@pytest.fixture(scope="session")
+def start_on_annotator(annotator: Gateway) -> Iterator[StartGateway]:
+    """Start one more gateway with other settings before the annotator's broker."""
+    running: list[Gateway] = []
+
+    def start(**settings: Any) -> Gateway:
+        required = {"required_services": ("annotation",), **settings}
+        running.append(Gateway(annotator.loop, annotator.broker, GatewaySettings(**required)))
+        return running[-1].when_ready()
+
+    yield start
+    for gateway in running:
+        gateway.stop()
 
 
 @pytest.fixture(scope="session")

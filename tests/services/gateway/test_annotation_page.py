@@ -6,17 +6,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chromium import BrowserPage, start_chromium
+from annotation_page import PATIENCE_S, AnnotationPage
+from chromium import start_chromium
 from PIL import Image, ImageDraw, ImageFont
 from selenium import webdriver
-from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 pytestmark = [pytest.mark.browser, pytest.mark.broker]
 
 WIDTH, HEIGHT = 320, 160
-PATIENCE_S = 60
+NOT_THIS = [161, 54, 31]
 CALIBRATION = """P2: 160 0 160 0 0 160 80 0 0 0 1 0
 R0_rect: 1 0 0 0 1 0 0 0 1
 Tr_velo_to_cam: 0 -1 0 0 0 0 -1 0 1 0 0 0
@@ -52,65 +52,15 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-class Page(BrowserPage):
-    """The page as a person sees it."""
-
-    def choose(self, field: str, path: Path) -> None:
-        self[field].send_keys(str(path))
-
-    def open(self, path: Path) -> None:
-        self.choose("image", path)
-        self.until(lambda: self["frame"].get_attribute("data-state") == "shown")
-
-    def look_for(self, mode: str) -> None:
-        self.driver.find_element(By.CSS_SELECTOR, f"input[value={mode}] + span").click()
-
-    def point(self, x: float, y: float, *, shift: bool = False) -> None:
-        """Click at a place of the picture, 0 to 1 each way."""
-        actions = ActionChains(self.driver)
-        if shift:
-            actions.key_down(Keys.SHIFT)
-        actions.move_to_element_with_offset(self["stage"], *self._offset(x, y)).click()
-        if shift:
-            actions.key_up(Keys.SHIFT)
-        actions.perform()
-
-    def drag(self, x0: float, y0: float, x1: float, y1: float) -> None:
-        start, end = self._offset(x0, y0), self._offset(x1, y1)
-        ActionChains(self.driver, duration=50).move_to_element_with_offset(
-            self["stage"], *start
-        ).click_and_hold().move_to_element_with_offset(self["stage"], *end).release().perform()
-
-    def _offset(self, x: float, y: float) -> tuple[int, int]:
-        """From the middle of the picture, in pixels of the screen."""
-        size = self["stage"].size
-        return round((x - 0.5) * size["width"]), round((y - 0.5) * size["height"])
-
-    @property
-    def labels(self) -> list[str]:
-        """In one look, for the list may be written anew at any moment."""
-        script = "return [...document.querySelectorAll('#labels li')].map((one) => one.innerText)"
-        return list(self.driver.execute_script(script))
-
-    @property
-    def stage_pixels(self) -> bytes:
-        """What the canvas shows; equal bytes are the same view."""
-        return self["stage"].screenshot_as_png
-
-    def label(self) -> None:
-        self["start"].click()
-        self.until(lambda: self["step"].text == "done" or self["error"].text, PATIENCE_S)
-
-
 @pytest.fixture
-def page(chromium: webdriver.Chrome, annotator: Any) -> Page:
-    page = Page(chromium, f"{annotator.url}/annotate")
+def page(chromium: webdriver.Chrome, annotator: Any) -> AnnotationPage:
+    page = AnnotationPage(chromium, f"{annotator.url}/annotate")
     page.until(lambda: page["status"].text == "ready")
     return page
 
 
 def test_a_click_lays_a_mask_over_the_picture_and_the_next_is_of_a_known_picture(
-    page: Page, files: Path
+    page: AnnotationPage, files: Path
 ) -> None:
     page.open(files / "sign.png")
     bare = page.stage_pixels
@@ -120,6 +70,10 @@ def test_a_click_lays_a_mask_over_the_picture_and_the_next_is_of_a_known_picture
     assert page.stage_pixels != bare
     page.point(0.8, 0.2, shift=True)
     page.until(lambda: "picture known" in page["step"].text)
+    page["not-this"].click()  # who has no Shift key says it so
+    page.point(0.5, 0.1)
+    page.until(lambda: page.colour(0.5, 0.1) == page.colour(0.8, 0.2) == NOT_THIS)
+    page.until(page["keep"].is_enabled)  # not while the answer to the last click is on its way
     page["keep"].click()
     page.drag(0.1, 0.2, 0.9, 0.8)
     page.until(lambda: len(page.labels) == 2)
@@ -132,7 +86,7 @@ def test_a_click_lays_a_mask_over_the_picture_and_the_next_is_of_a_known_picture
 
 
 def test_words_that_a_person_marks_and_types_come_back_with_their_characters(
-    page: Page, files: Path
+    page: AnnotationPage, files: Path
 ) -> None:
     page.open(files / "sign.png")
     page.look_for("text")
@@ -152,11 +106,14 @@ def test_words_that_a_person_marks_and_types_come_back_with_their_characters(
     ]
     page.driver.find_element(By.CSS_SELECTOR, "#found summary").click()
     assert "char-sam" in page["provenance"].text
+    page["words"].find_element(By.TAG_NAME, "button").click()
+    assert not page["found"].is_displayed()  # labels of words that are no longer asked for
+    assert page.stage_pixels == bare
     assert page.complaints() == []
 
 
 def test_words_are_read_where_none_is_marked_also_of_a_photograph_on_its_side(
-    page: Page, files: Path
+    page: AnnotationPage, files: Path
 ) -> None:
     page.open(files / "turned.jpg")
     size = page["stage"].size
@@ -166,16 +123,39 @@ def test_words_are_read_where_none_is_marked_also_of_a_photograph_on_its_side(
     assert [label.split()[0] for label in page.labels] == ["OPEN"]
 
 
-def test_a_marked_word_without_text_is_refused_in_words(page: Page, files: Path) -> None:
+def test_a_marked_word_without_text_is_asked_for(page: AnnotationPage, files: Path) -> None:
     page.open(files / "sign.png")
     page.look_for("text")
     page.drag(0.1, 0.2, 0.9, 0.8)
+    page.driver.execute_script("document.activeElement.blur()")
     page.label()
-    assert "words.0.text" in page["error"].text
+    assert "Type what this word says" in page["error"].text
+    assert page.driver.switch_to.active_element.get_attribute("placeholder") == "what it says"
     assert page["start"].is_enabled()
 
 
-def test_cars_stand_in_the_picture_and_beside_it_from_above(page: Page, files: Path) -> None:
+def test_a_job_does_not_outlive_the_picture_it_is_about(page: AnnotationPage, files: Path) -> None:
+    page.open(files / "sign.png")
+    page.look_for("text")
+    page["start"].click()
+    page.look_for("click")
+    page.until(lambda: page["step"].text == "stopped")
+    assert page.labels == []
+    assert not page["stop"].is_displayed()
+
+
+def test_a_server_that_is_gone_is_said_to_be_gone(page: AnnotationPage, files: Path) -> None:
+    page.open(files / "sign.png")
+    page.look_for("text")
+    page.driver.set_network_conditions(offline=True, latency=0, throughput=0)
+    page.label()
+    page.driver.delete_network_conditions()
+    assert page["error"].text == "The server does not answer; try again when it is back."
+
+
+def test_cars_stand_in_the_picture_and_beside_it_from_above(
+    page: AnnotationPage, files: Path
+) -> None:
     page.open(files / "sign.png")
     page.look_for("cars")
     page.drag(0.3, 0.4, 0.7, 0.85)
@@ -193,12 +173,29 @@ def test_cars_stand_in_the_picture_and_beside_it_from_above(page: Page, files: P
     assert page.complaints() == []
 
 
-def test_what_is_no_picture_is_said_to_be_none(page: Page, files: Path) -> None:
+def test_what_is_no_picture_is_said_to_be_none(page: AnnotationPage, files: Path) -> None:
     page.choose("image", files / "note.txt")
     page.until(lambda: "note.txt is no picture" in page["error"].text)
+    assert page["image"].get_attribute("value") == ""
 
 
-def test_it_fits_a_telephone(page: Page, files: Path) -> None:
+def test_a_picture_can_be_dropped(page: AnnotationPage) -> None:
+    page.driver.execute_async_script("""
+        const done = arguments[0];
+        Object.assign(document.createElement("canvas"), {width: 40, height: 20}).toBlob((blob) => {
+            const dataTransfer = new DataTransfer();
+            dataTransfer.items.add(new File([blob], "dropped.png", {type: "image/png"}));
+            const drop = new DragEvent("drop", {dataTransfer, cancelable: true});
+            document.getElementById("frame").dispatchEvent(drop);
+            done();
+        });
+    """)
+    page.until(lambda: page["frame"].get_attribute("data-state") == "shown")
+    assert page["image"].get_attribute("value").endswith("dropped.png")
+    assert page["stage"].get_attribute("width") == "40"
+
+
+def test_it_fits_a_telephone(page: AnnotationPage, files: Path) -> None:
     page.driver.set_window_size(390, 844)
     page.open(files / "sign.png")
     assert page.sideways == 0
@@ -208,7 +205,7 @@ def test_it_fits_a_telephone(page: Page, files: Path) -> None:
 def test_a_closed_server_asks_for_a_key_and_says_when_nobody_annotates(
     chromium: webdriver.Chrome, start_gateway: Any
 ) -> None:
-    page = Page(chromium, f"{start_gateway(api_keys='open sesame').url}/annotate")
+    page = AnnotationPage(chromium, f"{start_gateway(api_keys='open sesame').url}/annotate")
     page.until(page["key-box"].is_displayed)
     page["key"].send_keys("open sesame", Keys.TAB)
     page.until(lambda: page["error"].text == "No model of this server can do that.")

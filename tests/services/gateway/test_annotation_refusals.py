@@ -111,6 +111,25 @@ def test_a_wrong_word_is_refused_by_its_place(
     refused(send(label, TEXT, words=[WORD | change]), field, word)
 
 
+def test_more_words_than_a_message_holds_are_refused_by_their_field(label: httpx2.Client) -> None:
+    bent = WORD["polygon"] + [[20 + i, 20] for i in range(16)]
+    refused(send(label, TEXT, words=[{"text": "a", "polygon": bent}] * 501), "words", "10,020 corn")
+    refused(send(label, TEXT, words=[WORD | {"text": "H" * 400}] * 51), "words", "20,400 char")
+
+
+def test_a_word_that_reaches_far_beyond_the_picture_is_labelled(label: httpx2.Client) -> None:
+    far = [[-1e6, -1e6], [1e6, -1e6], [1e6, 1e6], [-1e6, 1e6]]
+    answer = send(label, TEXT, words=[WORD | {"polygon": far}])
+    assert answer.status_code == 200, answer.text
+    assert "clipped" in answer.json()["words"][0]["flags"]
+
+
+def test_what_is_missing_is_named_and_nothing_else_repeated(label: httpx2.Client) -> None:
+    answer = send(label, SEGMENT)
+    refused(answer, "prompts", "required")
+    assert "given" not in answer.json()["detail"]
+
+
 def test_a_nan_is_no_coordinate(label: httpx2.Client) -> None:
     answer = send(label, SEGMENT, prompts='[{"points": [[NaN, 1]], "labels": [1]}]')
     refused(answer, "prompts.0.points.0.0", "finite")
@@ -169,6 +188,7 @@ def drive(http: httpx2.Client, calibration: Any = CALIBRATION, **more: Any) -> h
         ),
         ({"calibration": CALIBRATION.replace("100", "x")}, "calibration", "no number"),
         ({"calibration": b"\xff\xfe\x00"}, "calibration", "are no text"),
+        ({"calibration": CALIBRATION + "#" * 10_000}, "calibration", "1 to 10,000"),
         ({"points": b"\0" * 17}, "points", "16 bytes per point"),
         ({"prompts": []}, "prompts", "at least 1 item"),
         ({"prompts": [{}]}, "prompts.0", "a box or by a point"),
@@ -198,6 +218,8 @@ def inline(data: bytes) -> dict[str, str]:
         ("text", {"image": inline(b"junk")}, "request.image", "do not begin like a picture"),
         ("text", {"min_score": "0.5"}, "request.min_score", "valid number"),
         ("text", {"name": "../../etc/passwd"}, "request.name", "match pattern"),
+        ("text", {"name": ".."}, "request.name", "match pattern"),
+        ("text", {"name": "a\nb.png"}, "request.name", "match pattern"),
         ("cars", {"calibration": "nothing"}, "request.calibration", "missing"),
         ("cars", {"points": inline(b"\0" * 15)}, "request.points", "16 bytes per point"),
         ("cars", {"prompts": [{"box": [200, 0, 210, 9]}]}, "request.prompts.0.box", "outside"),

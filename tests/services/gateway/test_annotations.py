@@ -192,7 +192,7 @@ def test_the_same_key_again_is_the_same_job(label: httpx2.Client) -> None:
 
 @pytest.fixture(scope="module")
 def driven(label: httpx2.Client) -> dict[str, Any]:
-    answer = cars(label, scan(), meshes="true")
+    answer = cars(label, scan(), meshes="true", occupancy="0.2")
     assert answer.status_code == 200, answer.text
     body: dict[str, Any] = answer.json()
     return body
@@ -216,8 +216,37 @@ def test_the_scene_is_drawn_in_the_picture_and_from_above(
     overlay, above = (label.get(driven[part]) for part in ("overlay", "birds_eye"))
     assert decode_picture(overlay.content).shape == (HEIGHT, WIDTH, 3)
     assert decode_picture(above.content).ndim == 3
+    assert (driven["meshes"] is None) == (driven["occupancy"] is None) == (driven["cars"] == 0)
     if driven["meshes"]:
         assert label.get(driven["meshes"]).content[:4] == b"glTF"
+        assert (
+            b"voxels of 0.2 m" in label.get(driven["occupancy"]).content.partition(b"end_header")[0]
+        )
+
+
+def test_other_tools_get_as_many_boxes_as_there_are_cars(
+    label: httpx2.Client, driven: dict[str, Any]
+) -> None:
+    answers = {name: label.get(path) for name, path in driven["exports"].items()}
+    assert set(answers) == {"kitti", "coco", "nuscenes", "openlabel", "sustech"}
+    made = {name: answers[name].json() for name in ("nuscenes", "openlabel", "sustech")}
+    (samples,) = made["nuscenes"]["results"].values()
+    objects = made["openlabel"]["openlabel"]["objects"]
+    assert len(samples) == len(objects) == len(made["sustech"]) == driven["cars"]
+    assert list(made["nuscenes"]["results"]) == ["000007"]
+    assert 'filename="000007.json"' in answers["sustech"].headers["content-disposition"]
+
+
+def test_a_mirrored_calibration_gives_kitti_labels_but_none_for_the_lidar_frame(
+    label: httpx2.Client,
+) -> None:
+    mirrored = CALIBRATION.replace("0 -1 0 0 0 0 -1", "0 1 0 0 0 0 -1")
+    made = cars(label, calibration=mirrored).json()
+    if not made["cars"]:
+        pytest.skip("random weights found no car")
+    assert label.get(made["exports"]["kitti"]).status_code == 200
+    answer = label.get(made["exports"]["openlabel"])
+    assert (answer.status_code, answer.json()["field"]) == (422, "calibration")
 
 
 def test_a_car_without_a_scan_is_flagged_as_such(label: httpx2.Client) -> None:

@@ -117,6 +117,17 @@ def test_a_single_picture_and_the_other_formats(
     assert (tmp_path / "annotated-text" / file).stat().st_size > 0
 
 
+def test_tasks_for_label_studio_name_the_pictures_as_its_local_files(
+    run: Any, tmp_path: Path
+) -> None:
+    words = write_signs(tmp_path / "two words", "OPEN")
+    (tmp_path / "two words" / "broken.jpg").unlink()
+    result = run("text", "two words", "--words", str(words), "--format", "label-studio")
+    assert result.exit_code == 0, result.output
+    (task,) = json.loads((tmp_path / "annotated-text" / "label-studio.json").read_text())
+    assert task["data"] == {"image": "/data/local-files/?d=two%20words/OPEN.png"}
+
+
 def test_what_lies_in_the_output_folder_is_not_annotated_again(run: Any, tmp_path: Path) -> None:
     words = write_signs(tmp_path / "signs", "OPEN")
     (tmp_path / "signs" / "broken.jpg").unlink()
@@ -204,7 +215,7 @@ def kitti(tmp_path: Path) -> Path:
 def test_a_kitti_folder_becomes_label_files_and_drawings(
     run: Any, kitti: Path, tmp_path: Path
 ) -> None:
-    result = run("cars", str(kitti), "--out", "out", "--meshes")
+    result = run("cars", str(kitti), "--out", "out", "--meshes", "--occupancy", "0.5")
     assert result.exit_code == 1, result.output
     assert "2 done, 0 were done before, 1 failed" in result.stdout
     assert "000002: " in result.stderr
@@ -216,7 +227,26 @@ def test_a_kitti_folder_becomes_label_files_and_drawings(
     lines = {line["name"]: line for line in manifest(out)}
     assert lines["000000"]["cars"] == len(cars) > 0
     assert (out / "meshes" / "000000.glb").read_bytes().startswith(b"glTF")
+    assert (out / "occupancy" / "000000.ply").read_bytes().startswith(b"ply")
     assert decode_picture((out / "birds_eye" / "000000.png").read_bytes()).shape == (600, 500, 3)
+
+    again = ("cars", str(kitti), "--out", "out", "--meshes", "--occupancy", "0.5", "--format")
+    for wanted, place in (
+        ("sustech", "sustech/label"),
+        ("openlabel", "openlabel"),
+        ("nuscenes", "nuscenes.json"),
+    ):
+        said = run(*again, wanted).stdout
+        assert "0 done, 2 were done before, 1 failed" in said
+        assert f"out/{place} and" in said
+    results = json.loads((out / "nuscenes.json").read_text())["results"]
+    assert {name: len(boxes) for name, boxes in results.items()} == {
+        "000000": len(cars),
+        "000001": 0,
+    }
+    assert len(json.loads((out / "sustech" / "label" / "000000.json").read_text())) == len(cars)
+    assert json.loads((out / "sustech" / "label" / "000001.json").read_text()) == []
+    assert (out / "openlabel" / "000001.json").is_file()
 
 
 def test_frames_and_prompts_can_be_chosen(run: Any, kitti: Path, tmp_path: Path) -> None:

@@ -40,21 +40,25 @@ async function open(chosen) {
     stage.show(picture);
     startAnew();
   } catch {
+    $("image").value = ""; // the former picture stays, and it is not this one
     fail(`${chosen.name} is no picture that this browser can show.`);
   }
 }
 
 function startAnew() {
   asking?.abort();
+  job?.abort();
   prompt = emptyPrompt();
   kept = [];
   marks = [];
+  $("not-this").checked = false;
   $("words").replaceChildren();
   $("found").hidden = true;
   $("above-frame").hidden = true;
   $("step").textContent = "";
   stage.clear();
   stage.draw();
+  offerActions();
   fail(null);
 }
 
@@ -71,7 +75,7 @@ function point({ box, point: at, sign }) {
   if (box) prompt.box = box;
   else {
     prompt.points.push(at);
-    prompt.labels.push(sign);
+    prompt.labels.push($("not-this").checked ? 0 : sign);
   }
   cut();
 }
@@ -89,6 +93,7 @@ function askForWord(made) {
   const remove = document.createElement("button");
   input.placeholder = "what it says";
   input.maxLength = 400;
+  input.addEventListener("focus", () => $("found").hidden && showMarks());
   remove.type = "button";
   remove.textContent = "×";
   remove.title = "not a word";
@@ -102,17 +107,24 @@ function askForWord(made) {
 function unmark(made) {
   marks = marks.filter((one) => one !== made);
   made.input?.parentElement.remove();
-  showMarks();
+  if ($("found").hidden) showMarks();
+  else forgetLabels();
 }
 
 function showMarks() {
   stage.outlines = marks
     .filter((made) => made.box)
-    .map(({ box }) => ({ points: corners(box), colour: ACCENT }));
+    .map(({ box, input }) => ({ points: corners(box), colour: ACCENT, dashed: isTyped(input) }));
   stage.dots = marks
     .filter((made) => made.point)
     .map(({ point: at }) => ({ point: at, colour: signColour(1) }));
   stage.draw();
+  offerActions();
+}
+
+/** The box of the word that is being typed stands out. */
+function isTyped(input) {
+  return input !== undefined && input === document.activeElement;
 }
 
 function undo() {
@@ -143,11 +155,13 @@ async function cut() {
   asking?.abort();
   const mine = (asking = new AbortController());
   const began = performance.now();
+  prompt.found = null; // what is shown is of the prompt before
   showPrompt();
   try {
     const body = new FormData();
     body.append("image", file, file.name);
-    body.append("prompts", JSON.stringify([trimmed(prompt)]));
+    const { box, points, labels } = prompt;
+    body.append("prompts", JSON.stringify([{ box: box ?? undefined, points, labels }]));
     const options = { method: "POST", body, signal: mine.signal };
     const answer = await (await call("/v1/annotations/segment", options)).json();
     showMasks(answer.masks[0]);
@@ -159,14 +173,11 @@ async function cut() {
   }
 }
 
-function trimmed({ box, points, labels }) {
-  return box ? { box, points, labels } : { points, labels };
-}
-
 function showPrompt() {
   stage.outlines = prompt.box ? [{ points: corners(prompt.box), colour: ACCENT, dashed: true }] : [];
   stage.dots = prompt.points.map((at, i) => ({ point: at, colour: signColour(prompt.labels[i]) }));
   stage.draw();
+  offerActions();
 }
 
 /** The masks of all things so far, `current` being the one that is worked on. */
@@ -189,6 +200,7 @@ function keep() {
   if (mode() !== "click" || !prompt.found) return;
   kept.push(prompt.found);
   prompt = emptyPrompt();
+  $("not-this").checked = false;
   showPrompt();
 }
 
@@ -196,14 +208,14 @@ function keep() {
 
 async function label() {
   if (!file) return fail("Choose a picture first.");
-  job = new AbortController();
+  const { signal } = (job = new AbortController());
   busy(true);
   try {
     const kind = mode();
-    const options = { method: "POST", body: order(kind), signal: job.signal };
+    const options = { method: "POST", body: order(kind), signal };
     const begun = await (await call(`/v1/annotations/${kind}`, options)).json();
     await follow(begun.id);
-    const made = await (await call(`/v1/jobs/${begun.id}/result`)).json();
+    const made = await (await call(`/v1/jobs/${begun.id}/result`, { signal })).json();
     await (kind === "text" ? showWords(made) : showCars(made));
     showFiles(made, refused);
     $("step").textContent = "done";
@@ -222,6 +234,9 @@ function order(kind) {
   body.append("image", file, file.name);
   body.append("wait", "false");
   if (kind === "text") {
+    const untyped = marks.find(({ input }) => !input.value.trim());
+    untyped?.input.focus();
+    if (untyped) throw new Error("Type what this word says, or take its box away.");
     if (marks.length) body.append("words", JSON.stringify(marks.map(wordOf)));
     body.append("refine", $("refine").value);
     body.append("min_score", $("min-score").value || "0");
@@ -251,7 +266,8 @@ async function follow(id) {
     const at = event.state ?? event;
     $("progress").value = at.progress;
     $("step").textContent = at.total_steps ? `${at.step} of ${at.total_steps}` : "waiting";
-    if (at.problem) throw new Error(at.problem.detail);
+    // A queued job may tell what it waits for; it goes on.
+    if (at.status === "failed") throw new Error(at.problem.detail);
   }
 }
 
@@ -260,7 +276,8 @@ function showWords(made) {
   const entries = [];
   stage.clear();
   for (const word of made.words) {
-    const colour = word.characters.length ? colourOf(masks.length) : GRAY;
+    const first = word.characters.findIndex((one) => !one.refused);
+    const colour = first < 0 ? GRAY : colourOf(masks.length + first);
     for (const one of word.characters) {
       const own = one.refused ? GRAY : colourOf(masks.length);
       masks.push({ mask: one.mask, colour: own });
@@ -293,12 +310,9 @@ async function showCars(made) {
     })),
   );
   URL.revokeObjectURL($("above").src);
-  $("above").src = URL.createObjectURL(await blobAt(made.birds_eye));
+  const seen = await call(made.birds_eye, { signal: job.signal });
+  $("above").src = URL.createObjectURL(await seen.blob());
   $("above-frame").hidden = false;
-}
-
-async function blobAt(path) {
-  return (await call(path)).blob();
 }
 
 // ---------------------------------------------------------------- what is shown when
@@ -311,6 +325,12 @@ function busy(yes) {
   fail(null);
   $("progress").value = 0;
   $("step").textContent = "waiting";
+}
+
+function offerActions() {
+  const clicked = prompt.box || prompt.points.length || kept.length;
+  $("keep").disabled = !prompt.found;
+  $("undo").disabled = !(mode() === "click" ? clicked : marks.length);
 }
 
 function changeMode() {
@@ -367,7 +387,9 @@ for (const name of ["dragover", "dragleave", "drop"]) {
   $("frame").addEventListener(name, (event) => {
     event.preventDefault();
     $("frame").classList.toggle("over", name === "dragover");
-    if (name === "drop" && event.dataTransfer.files.length) open(event.dataTransfer.files[0]);
+    if (name !== "drop" || !event.dataTransfer.files.length) return;
+    $("image").files = event.dataTransfer.files;
+    open($("image").files[0]);
   });
 }
 addEventListener("resize", () => stage.draw());

@@ -11,9 +11,8 @@ export function showLabels(entries, nothing = "") {
       item.style.setProperty("--swatch", css(colour));
       item.classList.toggle("refused", Boolean(reason));
       item.append(element("b", name), " ", about);
-      const remarks = flags.map((flag) => flag.replaceAll("_", " "));
-      if (reason) remarks.unshift(reason);
-      remarks.forEach((remark) => item.append(" ", element("em", remark)));
+      const remarks = flags.map((flag) => flag.replaceAll("_", " ")).join(" · ");
+      for (const remark of [reason, remarks]) if (remark) item.append(" ", element("em", remark));
       return item;
     }),
   );

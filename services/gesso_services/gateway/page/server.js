@@ -22,9 +22,15 @@ export class Refused extends Error {
 }
 
 export async function call(path, options = {}) {
-  const answer = await fetch(path, { ...options, headers: headers(options.headers) });
+  const answer = await fetch(path, { ...options, headers: headers(options.headers) }).catch(unreached);
   if (!answer.ok) throw new Refused(answer.status, await answer.json().catch(() => null));
   return answer;
+}
+
+/** Browsers only say that fetching failed. */
+function unreached(error) {
+  if (error.name === "AbortError") throw error;
+  throw new Error("The server does not answer; try again when it is back.");
 }
 
 /** Yields the data of every event in a text/event-stream body; comments are heartbeats. */
