@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from autoregressive_caching import FULL, SMOKE, caching
 from autoregressive_service import REPLICAS, Served, replica, throughput
-from autoregressive_timing import Row, about, name_or_path
 from autoregressive_tokens import text_tokens
+from cpu_timing import Row, about, name_or_path
 from gesso_core.hub import resolve
 from gesso_core.hub.load_vila_u import LLM
 from gesso_core.pipelines.hart_load import load_hart

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from autoregressive_timing import Row, compared, in_turn
+from cpu_timing import Row, compared, in_turn
 from gesso_core.models.hart.config import SCALES, HARTConfig
 from gesso_core.models.hart.generation import DrawOptions, Generated, generate
 from gesso_core.models.hart.initialization import initialize_weights

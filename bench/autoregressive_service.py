@@ -22,7 +22,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from autoregressive_timing import Row
+from cpu_timing import Row
 from gesso_contracts import conversations as c
 from gesso_contracts import messages as m
 from gesso_contracts.base import Message

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from autoregressive_timing import Row, Times, in_turn
+from cpu_timing import Row, Times, in_turn
 from gesso_core.pipelines.vila_u import VilaUPipeline
 from gesso_core.pipelines.vila_u_draft import AnswerDraft, AnswerOptions, Utterance
 from transformers import AutoModelForCausalLM

@@ -27,7 +27,7 @@ from typing import Any
 from uuid import uuid4
 
 import torch
-from autoregressive_timing import processor
+from cpu_timing import processor
 from embedded import free_port, stack, until_ready
 from gesso_core.evaluate import prompts as fixed
 from gesso_core.evaluate.prompts import EvaluationPrompt

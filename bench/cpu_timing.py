@@ -1,10 +1,10 @@
-"""Alternating timings for the autoregressive benches, and where they were taken."""
+"""Alternating timings for the benches on a CPU, and where they were taken."""
 
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -26,7 +26,7 @@ class Times:
         return {"cpu_ms": round(self.cpu_ms, 3), "wall_ms": round(self.wall_ms, 3)}
 
 
-def in_turn(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, Times]:
+def in_turn(runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, Times]:
     """Time of each run, after one unmeasured round; a busy machine is busy for all of them."""
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for number in range(repeats + 1):
