@@ -37,6 +37,7 @@ DAMAGES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("kind", ["nunchaku-v1", "modelopt", "deepcompressor"])
 def test_a_damaged_tensor_is_refused_or_makes_a_layer_that_can_run(

@@ -49,6 +49,7 @@ def domain(encoder: SmolLM2Encoder, folder: Path) -> Domain:
     return loaded
 
 
+@pytest.mark.slow
 def test_95_percent_of_the_captions_are_inside(domain: Domain) -> None:
     inside = [verdict.in_domain for verdict in domain.judge(CAPTIONS)]
     assert 0.94 <= sum(map(bool, inside)) / len(inside) < 1.0

@@ -184,6 +184,7 @@ async def until_known(store: JobStore, job_id: str) -> None:
             await asyncio.sleep(0.02)
 
 
+@pytest.mark.slow
 async def test_a_missing_diffusion_service_is_waited_for_and_then_joined(
     start_service: Start,
     annotation_spec: Build,

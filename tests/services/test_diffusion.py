@@ -211,6 +211,7 @@ async def test_what_the_model_cannot_do_fails_with_the_field(
     assert (state.problem.code, state.problem.field) == (code, field)
 
 
+@pytest.mark.slow
 async def test_a_job_waits_for_an_autoencoder_that_restarts(
     start: Start,
     autoencoder_spec: ServiceSpec,
@@ -232,6 +233,7 @@ async def test_a_job_waits_for_an_autoencoder_that_restarts(
     assert (state.status, state.attempt) == ("succeeded", 1)
 
 
+@pytest.mark.slow
 async def test_diffusion_is_not_ready_before_a_picture_went_through_the_autoencoder(
     start: Start, autoencoder_spec: ServiceSpec, diffusion_spec: Callable[..., ServiceSpec]
 ) -> None:

@@ -103,6 +103,7 @@ async def test_an_idle_worker_hears_the_queue_again_after_a_restart(
     assert time.monotonic() - begun < 1.5
 
 
+@pytest.mark.slow
 async def test_a_job_that_kills_every_worker_ends_in_the_dead_letters_and_others_go_on(
     store: JobStore, toy: ModuleType, start_toy_process: StartProcess, connect: Connect
 ) -> None:
@@ -273,6 +274,7 @@ async def test_an_idle_replica_stops_in_less_than_two_seconds(start_toy: StartTo
     assert time.monotonic() - begun < 1
 
 
+@pytest.mark.slow
 async def test_a_replica_stops_in_bounded_time_while_the_broker_is_away(
     store: JobStore, toy: ModuleType, start_toy: StartToy, broker: NatsServer
 ) -> None:
