@@ -42,7 +42,7 @@ class Launch(NamedTuple):
 
     constants: dict[str, object]
     num_warps: int
-    num_stages: int = 3
+    num_stages: int
 
 
 BLOCK_M: Final = 16  # the least that matrix units take: M = 2048 then fills 128 programs
@@ -60,7 +60,8 @@ def launch(code_format: str, rank: int, shift: float = 0.0, step: int = BLOCK_K)
         "BLOCK_M": BLOCK_M,
         "BLOCK_K": step if whole_rows and not wide else 64,
     }
-    return Launch(constants, num_warps=4 if whole_rows or wide else 2)
+    stages = 2 if code_format == "fp8" else 3  # a third one spills on sm_120
+    return Launch(constants, num_warps=4 if whole_rows or wide else 2, num_stages=stages)
 
 
 def empty_outputs(like: Tensor, rows: int, columns: int, rank: int, code_format: str) -> Quantized:
