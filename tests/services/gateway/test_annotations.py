@@ -242,8 +242,6 @@ def test_a_mirrored_calibration_gives_kitti_labels_but_none_for_the_lidar_frame(
 ) -> None:
     mirrored = CALIBRATION.replace("0 -1 0 0 0 0 -1", "0 1 0 0 0 0 -1")
     made = cars(label, calibration=mirrored).json()
-    if not made["cars"]:
-        pytest.skip("random weights found no car")
     assert label.get(made["exports"]["kitti"]).status_code == 200
     answer = label.get(made["exports"]["openlabel"])
     assert (answer.status_code, answer.json()["field"]) == (422, "calibration")
